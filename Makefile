@@ -1,0 +1,46 @@
+# make repro   set up, then run the current study          make test   set up, then the tests
+PYTHON ?= python3
+VENV := .venv
+LOCK := requirements.lock
+UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
+# The stages run `python`: the environment's own comes first.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro setup gpu test test-slow lint lock
+
+repro: setup
+	dvc repro
+	@echo "Report: reports/report.html"
+
+setup: $(VENV)/.ready
+
+gpu:
+	$(MAKE) setup LOCK=requirements-gpu.lock
+
+# Bytecode is compiled once here: importing TensorFlow takes three times as long without.
+$(VENV)/.ready: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Expected Python 3.11 to 3.13. Found: %d.%d. Name another one with make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(UV)"
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync --quiet --require-hashes --compile-bytecode $(LOCK)
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest -m "not slow"
+
+test-slow: setup
+	pytest -m slow
+
+lint: setup
+	ruff check --fix .
+	ruff format .
+	mypy
+
+lock: setup
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra dev -o requirements.lock pyproject.toml
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra dev --extra gpu -c requirements.lock -o requirements-gpu.lock pyproject.toml

@@ -1,0 +1,1 @@
+"""Ablation studies of Keras image classifiers: variants, plans, cells, paired comparisons."""

@@ -1,0 +1,612 @@
+"""params.yaml, typed: load, merge the variants, validate, resolve.
+
+A variant is a JSON Merge Patch (RFC 7396) of `input`, `model` and `train`. What comes out of here is either valid or a
+`LabError` that lists every mistake with its place in the file.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from ablation_lab.errors import LabError
+
+PATCHED = ("input", "model", "train")
+# Words that YAML 1.1 readers take for a boolean or nothing, so that a variant of this name would lose it somewhere.
+MISREAD = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+SLUG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys and wrong types are refused, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Study(Section):
+    """What the study is called and where it comes from; never a reason to train.
+
+    `quick` marks a study that ran on a sliver of data (`ablab quick`): every table and picture says so.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    title: str = ""
+    baseline: str = "baseline"
+    source: str | None = None
+    notes: str | None = None
+    quick: bool = False
+
+
+class Split(Section):
+    """Fractions of all pictures, or `test: given` for a data set that comes with a test part (then `validation` is a
+    fraction of the rest). The split is stratified by class and depends on `seed` alone."""
+
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    test: Literal["given"] | Annotated[float, Field(gt=0, lt=1)] = "given"
+    seed: int = Field(default=0, ge=0)
+
+
+class Data(Section):
+    """The pictures. `image_size` is [height, width] in pixels and `color` the channels; null keeps the data set's own.
+    `limit` keeps at most so many pictures of each class in each part, for trying things out."""
+
+    dataset: Literal["digits", "fashion_mnist", "image_folder"]
+    path: str | None = None
+    image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    color: Literal["rgb", "grayscale"] | None = None
+    resize: Literal["stretch", "pad", "crop"] = "stretch"
+    split: Split = Split()
+    limit: Positive | None = None
+
+
+class Input(Section):
+    """What a network is fed. `rescale` maps 0-255 to [0, 1] (`unit`), to [-1, 1] (`symmetric`) or leaves it (`none`),
+    inside the network. `fraction` of the training part is used, the same pictures in every cell. `augment` maps Keras'
+    names of augmentation layers to their arguments."""
+
+    rescale: Literal["unit", "symmetric", "none"] = "unit"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    augment: dict[str, dict[str, Any]] = {}
+
+
+class BlockSettings(Section):
+    """Settings that a block has, or takes from `model` where it sets none. Sizes in pixels, `pool: 1` pools nothing."""
+
+    convolution: Literal["standard", "separable", "depthwise", "transpose"] | None = None
+    convolutions: Positive | None = None
+    filters: Positive | None = None
+    kernel: Positive | None = None
+    stride: Positive | None = None
+    padding: Literal["valid", "same"] | None = None
+    activation: str | None = None
+    normalization: Literal["none", "batch", "layer"] | None = None
+    pool: Positive | None = None
+    pool_type: Literal["max", "average"] | None = None
+    dropout: Rate | None = None
+
+
+class DenseSettings(Section):
+    """A dense layer of the head; `dropout` comes from `model.head_dropout` where it is not set."""
+
+    units: Positive
+    activation: str | None = None
+    normalization: Literal["none", "batch", "layer"] | None = None
+    dropout: Rate | None = None
+
+
+class Network(Section):
+    """What all builders share: hidden dense layers in `head` (their order counts) and how they are initialised.
+
+    `activation` is the one of every hidden layer, `l2` the weight decay of every convolution and dense kernel.
+    """
+
+    builder: str
+    activation: str = "relu"
+    initializer: str = "glorot_uniform"
+    l2: float = Field(default=0.0, ge=0)
+    head: dict[str, DenseSettings] = {}
+    head_dropout: Rate = 0.0
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings with all defaults pushed down into the layers, so that equal networks have equal settings."""
+        settings = self.model_dump()
+        head_dropout = settings.pop("head_dropout")
+        shared = {"activation": settings["activation"], "normalization": "none", "dropout": head_dropout}
+        settings["head"] = [_with_defaults(name, layer, shared) for name, layer in settings["head"].items()]
+        del settings["activation"]
+        return settings
+
+
+class Mlp(Network):
+    """Flatten, then the dense layers of `head`, then one output per class."""
+
+    builder: Literal["mlp"]
+
+
+class Cnn(Network):
+    """Blocks of convolutions, each with normalisation, activation, pooling and dropout; then the head.
+
+    `head_from` says how the last block becomes a vector, `features_dropout` drops from that vector.
+    """
+
+    builder: Literal["cnn"]
+    blocks: dict[str, BlockSettings] = Field(min_length=1)
+    convolution: Literal["standard", "separable", "depthwise", "transpose"] = "standard"
+    convolutions: Positive = 1
+    filters: Positive | None = None
+    kernel: Positive = 3
+    stride: Positive = 1
+    padding: Literal["valid", "same"] = "valid"
+    normalization: Literal["none", "batch", "layer"] = "none"
+    pool: Positive = 2
+    pool_type: Literal["max", "average"] = "max"
+    dropout: Rate = 0.0
+    head_from: Literal["flatten", "global_average", "global_max"] = "flatten"
+    features_dropout: Rate = 0.0
+
+    def resolved(self) -> dict[str, Any]:
+        shared = {key: getattr(self, key) for key in BlockSettings.model_fields}
+        settings = super().resolved()
+        settings["blocks"] = [_with_defaults(name, block, shared) for name, block in settings["blocks"].items()]
+        for block in settings["blocks"]:
+            if block["convolution"] == "depthwise":
+                block["filters"] = None  # a depthwise convolution has as many as it is given
+        return {key: value for key, value in settings.items() if key not in shared}
+
+
+BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp}
+
+
+class Optimizer(Section):
+    """A Keras optimizer by its own name; every other key is an argument of its constructor."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str = "adam"
+    learning_rate: float = Field(default=0.001, gt=0)
+
+
+class EarlyStopping(Section):
+    """Stop when the monitored value has not improved by `min_delta` for `patience` epochs."""
+
+    monitor: Literal["val_accuracy", "val_loss"] = "val_loss"
+    patience: int = Field(default=5, ge=0)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class ReduceLearningRate(Section):
+    """Multiply the learning rate by `factor` after `patience` epochs without improvement; not below `min_lr`."""
+
+    monitor: Literal["val_accuracy", "val_loss"] = "val_loss"
+    factor: float = Field(default=0.1, gt=0, lt=1)
+    patience: int = Field(default=10, ge=0)
+    min_delta: float = Field(default=0.0001, ge=0)
+    cooldown: int = Field(default=0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+
+
+class Train(Section):
+    """How a network is trained. `keep: best` takes the weights of the epoch with the best `monitor` on the validation
+    part, `last` those of the last epoch. `steps_per_epoch: null` is one pass over the training part. `threads` is the
+    number of CPU threads of a cell: results depend on it."""
+
+    epochs: Positive = 10
+    batch_size: Positive = 32
+    steps_per_epoch: Positive | None = None
+    optimizer: Optimizer = Optimizer()
+    loss: str = "categorical_crossentropy"
+    label_smoothing: Rate = 0.0
+    monitor: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    keep: Literal["best", "last"] = "best"
+    early_stopping: EarlyStopping | None = None
+    reduce_lr: ReduceLearningRate | None = None
+    threads: Positive = 1
+
+
+class Reported(Section):
+    """Figures that a study's authors published, printed beside the reproduced ones. Accuracies in [0, 1]."""
+
+    train_accuracy: float | None = Field(default=None, ge=0, le=1)
+    validation_accuracy: float | None = Field(default=None, ge=0, le=1)
+    test_accuracy: float | None = Field(default=None, ge=0, le=1)
+    test_loss: float | None = None
+    macro_f1: float | None = Field(default=None, ge=0, le=1)
+    epochs: Positive | None = None
+    best_epoch: Positive | None = None
+    seconds: float | None = Field(default=None, gt=0)
+
+
+class Patch(Section):
+    """A variant as it is written: the reserved keys, and patches that are checked once they are merged."""
+
+    note: str | None = None
+    reported: Reported = Reported()
+    compared_with: str | None = None
+    input: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class Select(Section):
+    """Which phase-one variant goes on into phase two: the best by a validation result, among all or the named ones."""
+
+    by: Literal["validation_accuracy"] = "validation_accuracy"
+    among: Literal["all"] | list[str] = "all"
+
+
+class Finetune(Section):
+    """The second phase. It needs the `transfer` builder, so today only a study without one is valid."""
+
+    select: Select = Select()
+    variants: dict[str, Any] = Field(default={}, max_length=0)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class File(Section):
+    """The whole file before the variants are merged."""
+
+    study: Study
+    data: Data
+    input: dict[str, Any] = {}
+    model: dict[str, Any]
+    train: dict[str, Any] = {}
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    finetune: Finetune = Finetune()
+    variants: dict[str, Any] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One named network with its input and training, merged and valid."""
+
+    name: str
+    note: str | None
+    reported: dict[str, float]
+    compared_with: str | None
+    input: Input
+    model: Network
+    train: Train
+
+    def settings(self) -> dict[str, Any]:
+        """Input, model and train in the user's terms, defaults filled in."""
+        return {name: getattr(self, name).model_dump(exclude_none=True) for name in PATCHED}
+
+    def resolved(self) -> dict[str, Any]:
+        """What fixes the result, in canonical form: equal trainings have equal JSON."""
+        return {"input": self.input.model_dump(), "model": self.model.resolved(), "train": self.train.model_dump()}
+
+
+@dataclass(frozen=True)
+class Params:
+    """A valid study. `variants` is in the order of the file."""
+
+    study: Study
+    data: Data
+    seeds: list[int]
+    variants: dict[str, Variant]
+
+    @property
+    def baseline(self) -> Variant:
+        return self.variants[self.study.baseline]
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        return [(name, seed) for name in self.variants for seed in self.seeds]
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read, merge and validate a study.
+
+    Raises:
+        LabError: with one line of place, expectation and finding for every mistake in the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LabError(
+            f"{path}: Expected the parameters of a study. Found: no such file. "
+            "Go to the folder that holds dvc.yaml, or make one current with `ablab use STUDY`."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path}: Expected a text file in UTF-8. Found: {error}") from None
+    try:
+        raw = YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise LabError(f"{path}{line}: Expected valid YAML 1.2. Found: {error.problem}") from None
+    except (YAMLError, ValueError) as error:
+        raise LabError(f"{path}: Expected valid YAML 1.2. Found: {error}") from None
+    return validate(raw, str(path), text)
+
+
+def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
+    """Check a study that is already parsed; `text` is its source, for line numbers in messages."""
+    problems = _Problems(file, text)
+    if not isinstance(raw, dict):
+        problems.add((), "a mapping with the keys study, data, model, seeds, variants", raw)
+        problems.raise_if_any()
+    whole = problems.check(File, raw, ())
+    _check_names(raw, problems)
+    problems.raise_if_any()
+    assert whole is not None
+    base = {name: raw.get(name, {}) for name in PATCHED}
+    _sections(base, problems, lambda loc: loc)
+    problems.raise_if_any()
+
+    variants = {}
+    for name, written in raw["variants"].items():
+        variant = _variant(name, written, base, raw, problems)
+        if variant:
+            variants[name] = variant
+    if len(set(raw["seeds"])) < len(raw["seeds"]):
+        problems.add(("seeds",), "each seed once", raw["seeds"])
+    problems.raise_if_any()
+    return Params(whole.study, whole.data, whole.seeds, variants)
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """Apply a JSON Merge Patch (RFC 7396); keys keep their place, new ones go to the end."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def differences(baseline: Variant, variant: Variant) -> list[dict[str, Any]]:
+    """The settings in which two variants differ, as `{"path", "baseline", "variant"}` in the user's terms.
+
+    A component that only one of them has is one difference; null stands for the one without.
+    """
+    left, right = baseline.settings(), variant.settings()
+    found = []
+    for one in _differences(left, right, ()):
+        for side, settings in (("baseline", left), ("variant", right)):
+            if one[side] is None:
+                one[side] = _inherited(settings, one["path"])
+        if one["baseline"] != one["variant"]:
+            found.append(one)
+    return found
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces that depend on anything, a newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest(text: str) -> str:
+    """The sha256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_defaults(name: str, layer: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name} | {key: shared.get(key) if value is None else value for key, value in layer.items()}
+
+
+def _differences(left: Any, right: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in [*left, *(key for key in right if key not in left)]:
+            yield from _differences(left.get(key), right.get(key), (*path, str(key)))
+        shared = [key for key in left if key in right]
+        if path[-1:] in (("blocks",), ("head",)) and shared != [key for key in right if key in left]:
+            yield {"path": ".".join((*path, "order")), "baseline": list(left), "variant": list(right)}
+    elif left != right:
+        yield {"path": ".".join(path), "baseline": left, "variant": right}
+
+
+def _inherited(settings: dict[str, Any], path: str) -> Any:
+    """What a layer takes from `model` where it sets nothing itself."""
+    match path.split("."):
+        case ["model", "blocks", _, key]:
+            return settings["model"].get(key)
+        case ["model", "head", _, key]:
+            return settings["model"].get("head_dropout" if key == "dropout" else key)
+    return None
+
+
+def _variant(name: str, written: Any, base: dict, raw: dict, problems: "_Problems") -> Variant | None:
+    here = ("variants", name)
+    patch = problems.check(Patch, {} if written is None else written, here)
+    if patch is None:
+        return None
+    changes = {key: getattr(patch, key) for key in PATCHED}
+    baseline = raw["study"].get("baseline", "baseline")
+    if name != baseline and not any(changes.values()):
+        problems.add(here, "a change of input, model or train (only the baseline changes nothing)", written)
+        return None
+    if patch.compared_with is not None and (patch.compared_with not in raw["variants"] or patch.compared_with == name):
+        others = [other for other in raw["variants"] if other != name]
+        problems.add((*here, "compared_with"), f"another variant: {', '.join(others)}", patch.compared_with, others)
+    for section in PATCHED:
+        _check_removals(base[section], changes[section], (*here, section), problems)
+    merged = {key: merge_patch(base[key], changes[key]) for key in PATCHED}
+
+    def place(loc: tuple) -> tuple:
+        return (*here, *loc) if _touches(changes, loc) else loc
+
+    sections = _sections(merged, problems, place)
+    if sections is None:
+        return None
+    reported = {key: value for key, value in patch.reported.model_dump().items() if value is not None}
+    return Variant(name, patch.note, reported, patch.compared_with, *sections)
+
+
+def _touches(patch: Any, loc: tuple) -> bool:
+    """Whether a patch writes the place `loc` or something on the way to it."""
+    for key in loc:
+        if not isinstance(patch, dict):
+            return True
+        if key not in patch:
+            return False
+        patch = patch[key]
+    return True
+
+
+def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -> None:
+    # A null that removes nothing is a mistyped name: the baseline would train under the ablation's name.
+    for key, value in patch.items():
+        inside = base.get(key) if isinstance(base, dict) else None
+        if value is None and inside is None:
+            known = list(base) if isinstance(base, dict) else []
+            problems.add((*here, key), f"something to remove: {', '.join(map(str, known)) or 'nothing'}", key, known)
+        elif isinstance(value, dict):
+            _check_removals(inside, value, (*here, key), problems)
+
+
+def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Network, Train] | None:
+    name = merged["model"].get("builder") if isinstance(merged["model"], dict) else None
+    builder = BUILDERS.get(name) if isinstance(name, str) else None
+    if builder is None:
+        problems.add(place(("model", "builder")), f"one of {', '.join(BUILDERS)}", name, list(BUILDERS))
+        return None
+    checked_input = problems.check(Input, merged["input"], ("input",), place)
+    network = problems.check(builder, _without_nulls(merged["model"]), ("model",), place)
+    train = problems.check(Train, merged["train"], ("train",), place)
+    if isinstance(network, Cnn):
+        for key, block in network.blocks.items():
+            kind = block.convolution or network.convolution
+            if kind != "depthwise" and not (block.filters or network.filters):
+                problems.add(place(("model", "blocks", key, "filters")), "the number of filters", None)
+    for part in ("blocks", "head"):
+        for key in getattr(network, part, {}):
+            if not SLUG.fullmatch(str(key)):
+                expected = "a layer's name of letters, digits, - and _, a letter first"
+                problems.add(place(("model", part, key)), expected, key)
+    if checked_input is None or network is None or train is None:
+        return None
+    return checked_input, network, train
+
+
+def _without_nulls(value: Any) -> Any:
+    """A base may say `dropout: null` for 'not set'; RFC 7396 has no such value."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inside) for key, inside in value.items() if inside is not None}
+    return value
+
+
+def _check_names(raw: dict, problems: "_Problems") -> None:
+    variants = raw.get("variants")
+    if not isinstance(variants, dict):
+        return
+    seen: dict[str, str] = {}
+    for name in variants:
+        if not isinstance(name, str) or not SLUG.fullmatch(name) or name.lower() in MISREAD:
+            expected = (
+                "a variant's name of letters, digits, - and _, a letter first, that YAML does not take for a value"
+            )
+            problems.add(("variants", name), expected, name)
+        elif name.lower() in seen:
+            expected = f"names that differ in more than case (there is {seen[name.lower()]})"
+            problems.add(("variants", name), expected, name)
+        else:
+            seen[name.lower()] = name
+    baseline = raw["study"].get("baseline", "baseline") if isinstance(raw.get("study"), dict) else None
+    if isinstance(baseline, str) and baseline not in variants:
+        names = [str(name) for name in variants]
+        problems.add(("study", "baseline"), f"one of the variants: {', '.join(names)}", baseline, names)
+
+
+class _Problems:
+    """Collects mistakes with their place, so that a user sees all of them at once."""
+
+    def __init__(self, file: str, text: str):
+        self.file, self.text = file, text
+        self.lines: dict[str, None] = {}
+
+    def add(self, loc: tuple, expected: str, found: Any, valid: list | None = None) -> None:
+        near = difflib.get_close_matches(str(found), [str(one) for one in valid or []], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        where = ".".join(str(key) for key in loc) or "the file"
+        shown = json.dumps(found, default=str)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        self.lines[f"{self.file}{self._line(loc)}: {where}: Expected {expected}. Found: {shown}.{hint}"] = None
+
+    def check(self, kind: type[Section], value: Any, here: tuple, place=lambda loc: loc):
+        """The section, or None with its mistakes noted. `place` maps a place in the merged settings to the file's."""
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            alternatives: dict[tuple, list[ErrorDetails]] = {}
+            for detail in error.errors():
+                alternatives.setdefault(_without_types(detail["loc"]), []).append(detail)
+            for loc, details in alternatives.items():
+                self._add_details(kind, loc, details, place((*here, *loc)))
+            return None
+
+    def _add_details(self, kind: type[Section], loc: tuple, details: list[ErrorDetails], where: tuple) -> None:
+        if details[0]["type"] == "extra_forbidden":
+            valid = list(_section_at(kind, loc[:-1]).model_fields)
+            self.add(where, f"one of the keys {', '.join(valid)}", loc[-1], valid)
+        elif details[0]["type"] == "missing":
+            self.add(where, "a value", None)
+        else:
+            messages = [_expectation(detail["msg"]) for detail in details]
+            options = re.findall(r"'([^']+)'", " ".join(messages))
+            messages = [re.sub(r"^(Dictionary|List) should have at (least|most)", r"at \2", one) for one in messages]
+            self.add(where, " or ".join(dict.fromkeys(messages)), details[0]["input"], options)
+
+    def raise_if_any(self) -> None:
+        if self.lines:
+            raise LabError("\n       ".join(self.lines))
+
+    def _line(self, loc: tuple) -> str:
+        if not self.text:
+            return ""
+        node = YAML(typ="rt").load(self.text)
+        line = None
+        for key in loc:
+            try:
+                line = (node.lc.key(key) if isinstance(node, dict) else node.lc.item(key))[0]
+                node = node[key]
+            except (KeyError, AttributeError, TypeError, IndexError):
+                break
+        return "" if line is None else f", line {line + 1}"
+
+
+def _expectation(message: str) -> str:
+    message = re.sub(r"^Input should (be|have) (?=greater|less)", "a value ", message)
+    message = re.sub(r"^Input should (be|have) ", "", message)
+    return re.sub(r"valid dictionary.*", "mapping of names to values", message)
+
+
+def _without_types(loc: tuple) -> tuple:
+    """pydantic puts the kinds of union members (`constrained-float`, `list[str]`) into a place; no user wrote them."""
+    return tuple(key for key in loc if isinstance(key, int) or not re.search(r"^constrained-|^float$|\[", str(key)))
+
+
+def _section_at(kind: type[Section], loc: tuple) -> type[Section]:
+    """The section that is found at a place below another one."""
+    for key in loc:
+        field = kind.model_fields.get(str(key))
+        if field is None:  # a named component: the mapping's own name has led to its section already
+            continue
+        inside = _section_in(field.annotation)
+        if inside is None:
+            break
+        kind = inside
+    return kind
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _section_in(one))), None)

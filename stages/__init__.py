@@ -1,0 +1,10 @@
+"""One thin script a stage, run by dvc.yaml as `python -m stages.NAME` from the project's root.
+
+Stages import the library that lies beside them rather than an installed copy: DVC's temporary experiments are checkouts
+of their own, and their code must be the code that runs.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
