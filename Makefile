@@ -31,7 +31,7 @@ test: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest -m "not slow"
+	pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: setup
 	pytest -m slow

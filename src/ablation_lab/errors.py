@@ -1,5 +1,6 @@
 """Errors that a user can act on, and how they end a command."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ def explained(exit_status: int = 1) -> Iterator[None]:
     """End the process with a message instead of a traceback when a `LabError` or Ctrl-C gets here.
 
     Args:
-        exit_status: what the process returns after a `LabError`; after Ctrl-C it is 130, as in a shell.
+        exit_status: what the process returns after a `LabError`. After Ctrl-C it is 130 and after SIGTERM 143, as in a
+            shell; both unwind the stack, so that what is open is closed.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     except LabError as error:

@@ -56,7 +56,7 @@ class Split(Section):
 
     validation: float = Field(default=0.1, gt=0, lt=1)
     test: Literal["given"] | Annotated[float, Field(gt=0, lt=1)] = "given"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class Data(Section):
@@ -64,7 +64,7 @@ class Data(Section):
     `limit` keeps at most so many pictures of each class in each part, for trying things out."""
 
     dataset: Literal["digits", "fashion_mnist", "image_folder"]
-    path: str | None = None
+    path: str | None
     image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     color: Literal["rgb", "grayscale"] | None = None
     resize: Literal["stretch", "pad", "crop"] = "stretch"
@@ -258,13 +258,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class File(Section):
-    """The whole file before the variants are merged."""
+    """The whole file before the variants are merged. DVC wants every section that a stage depends on to be there."""
 
     study: Study
     data: Data
-    input: dict[str, Any] = {}
+    input: dict[str, Any]
     model: dict[str, Any]
-    train: dict[str, Any] = {}
+    train: dict[str, Any]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     finetune: Finetune = Finetune()
     variants: dict[str, Any] = Field(min_length=1)
@@ -342,11 +342,11 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
         problems.raise_if_any()
     whole = problems.check(File, raw, ())
     _check_names(raw, problems)
-    problems.raise_if_any()
-    assert whole is not None
     base = {name: raw.get(name, {}) for name in PATCHED}
-    _sections(base, problems, lambda loc: loc)
-    problems.raise_if_any()
+    if all(isinstance(section, dict) for section in base.values()):
+        _sections(base, problems, lambda loc: loc)
+    problems.raise_if_any()  # variants are checked once the base is right: its mistakes are theirs too
+    assert whole is not None
 
     variants = {}
     for name, written in raw["variants"].items():
@@ -440,25 +440,11 @@ def _variant(name: str, written: Any, base: dict, raw: dict, problems: "_Problem
         _check_removals(base[section], changes[section], (*here, section), problems)
     merged = {key: merge_patch(base[key], changes[key]) for key in PATCHED}
 
-    def place(loc: tuple) -> tuple:
-        return (*here, *loc) if _touches(changes, loc) else loc
-
-    sections = _sections(merged, problems, place)
+    sections = _sections(merged, problems, lambda loc: (*here, *loc))
     if sections is None:
         return None
     reported = {key: value for key, value in patch.reported.model_dump().items() if value is not None}
     return Variant(name, patch.note, reported, patch.compared_with, *sections)
-
-
-def _touches(patch: Any, loc: tuple) -> bool:
-    """Whether a patch writes the place `loc` or something on the way to it."""
-    for key in loc:
-        if not isinstance(patch, dict):
-            return True
-        if key not in patch:
-            return False
-        patch = patch[key]
-    return True
 
 
 def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -> None:
@@ -555,7 +541,8 @@ class _Problems:
     def _add_details(self, kind: type[Section], loc: tuple, details: list[ErrorDetails], where: tuple) -> None:
         if details[0]["type"] == "extra_forbidden":
             valid = list(_section_at(kind, loc[:-1]).model_fields)
-            self.add(where, f"one of the keys {', '.join(valid)}", loc[-1], valid)
+            inherited = " (a variant drops an inherited key with null)" if where[0] == "variants" else ""
+            self.add(where, f"one of the keys {', '.join(valid)}{inherited}", loc[-1], valid)
         elif details[0]["type"] == "missing":
             self.add(where, "a value", None)
         else:
@@ -571,11 +558,11 @@ class _Problems:
     def _line(self, loc: tuple) -> str:
         if not self.text:
             return ""
-        node = YAML(typ="rt").load(self.text)
+        node: Any = YAML(typ="rt").load(self.text)
         line = None
         for key in loc:
             try:
-                line = (node.lc.key(key) if isinstance(node, dict) else node.lc.item(key))[0]
+                line = (node.lc.key if hasattr(node, "keys") else node.lc.item)(key)[0]
                 node = node[key]
             except (KeyError, AttributeError, TypeError, IndexError):
                 break

@@ -1,0 +1,65 @@
+"""Where things are and how JSON is read and written: what every stage shares."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ablation_lab.errors import LabError
+
+
+def root() -> Path:
+    """The project's folder: `DVC_ROOT` when set, else the nearest one with a dvc.yaml at or above the current one.
+
+    In DVC's temporary experiments this is the main repository, which holds what experiments share: MLflow's store, the
+    user's pictures. What a stage reads and writes lies in the current folder instead.
+    """
+    if os.environ.get("DVC_ROOT"):
+        return Path(os.environ["DVC_ROOT"])
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+
+
+def read_json(path: Path) -> Any:
+    """Read a stage's output.
+
+    Raises:
+        LabError: when it is missing or broken, with the command that makes it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise missing(path) from None
+    except ValueError as error:
+        raise LabError(f"{path}: Expected JSON. Found: {error}. Run `dvc repro` to make it again.") from None
+
+
+def missing(path: Path) -> LabError:
+    """The error for a result that an earlier stage has not made."""
+    what = "file" if path.parent.exists() else "folder"
+    return LabError(
+        f"{path}: Expected a result of an earlier stage. Found: no such {what}. Run `dvc repro` to make it."
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, the same bytes for the same value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill that gets its name only when the block ends well; until then, what has that name stays."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,174 @@
+import copy
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, write_params
+
+from ablation_lab import params
+from ablation_lab.errors import LabError
+
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+def changed(*path, to) -> dict:
+    """The tiny study with one value set."""
+    study = copy.deepcopy(TINY)
+    *way, last = path
+    place = study
+    for key in way:
+        place = place.setdefault(key, {})
+    place[last] = to
+    return study
+
+
+# The cases of RFC 7396, appendix A.
+@pytest.mark.parametrize(
+    ("target", "patch", "merged"),
+    [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        (["a", "b"], ["c", "d"], ["c", "d"]),
+        ({"a": "b"}, ["c"], ["c"]),
+        ({"a": "foo"}, None, None),
+        ({"a": "foo"}, "bar", "bar"),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_merge_patch_follows_the_rfc(target, patch, merged):
+    assert params.merge_patch(target, patch) == merged
+
+
+def test_a_patch_keeps_the_place_of_what_it_changes():
+    merged = params.merge_patch({"a": {"x": 1}, "b": {"x": 1}}, {"c": {}, "a": {"x": 2}})
+    assert list(merged) == ["a", "b", "c"]
+
+
+def test_the_order_of_layers_counts_and_no_other_order_does():
+    first = changed("model", "blocks", to={"one": {"filters": 2}, "two": {"filters": 3}})
+    second = changed("model", "blocks", to={"two": {"filters": 3}, "one": {"filters": 2}})
+    shuffled = {key: first[key] for key in reversed(first)}
+    texts = [params.canonical_json(params.validate(one).baseline.resolved()) for one in (first, second, shuffled)]
+    assert texts[0] != texts[1]
+    assert texts[0] == texts[2]
+
+
+def test_settings_of_the_model_are_those_of_blocks_that_set_none():
+    everywhere = params.validate(changed("model", "dropout", to=0.5)).baseline.resolved()
+    here = params.validate(changed("model", "blocks", "block1", "dropout", to=0.5)).baseline.resolved()
+    assert everywhere == here
+    assert here["model"]["blocks"][0]["dropout"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "droput"), 0.3, "model.droput: Expected one of the keys builder, activation"),
+        (("model", "droput"), 0.3, "Did you mean dropout?"),
+        (("model", "dropout"), 1.3, "model.dropout: Expected a value less than 1. Found: 1.3."),
+        (("model", "builder"), "cmn", 'model.builder: Expected one of cnn, mlp. Found: "cmn". Did you mean cnn?'),
+        (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),
+        (("train", "epochs"), 1.5, "train.epochs: Expected a valid integer"),
+        (("train", "epochs"), True, "train.epochs: Expected a valid integer. Found: true."),
+        (("data", "dataset"), "digit", "data.dataset: Expected 'digits', 'fashion_mnist' or 'image_folder'."),
+        (("data", "split", "test"), 2, "data.split.test: Expected 'given' or a value less than 1. Found: 2."),
+        (("data", "image_size"), [8], "data.image_size"),
+        (("seeds",), [], "seeds: Expected at least 1 item"),
+        (("seeds",), [1, 1], "seeds: Expected each seed once. Found: [1, 1]."),
+        (("seeds",), [0, -1], "seeds.1: Expected a value greater than or equal to 0. Found: -1."),
+        (("study", "baseline"), "bsae", "study.baseline: Expected one of the variants: baseline, no_dropout."),
+        (("variants", "empty"), {}, "variants.empty: Expected a change of input, model or train"),
+        (("variants", "empty"), None, "variants.empty: Expected a change of input, model or train"),
+        (("variants", "empty"), {"note": "nothing"}, "variants.empty: Expected a change of input, model or train"),
+        (("variants", "no"), {"model": {"dropout": 0}}, "variants.no: Expected a variant's name"),
+        (("variants", "a.b"), {"model": {"dropout": 0}}, "variants.a.b: Expected a variant's name"),
+        (("variants", 3), {"model": {"dropout": 0}}, "variants.3: Expected a variant's name"),
+        (("variants", "NO_DROPOUT"), {"model": {"dropout": 0}}, "Expected names that differ in more than case"),
+        (
+            ("variants", "typo"),
+            {"model": {"blocks": {"blok1": None}}},
+            'model.blocks.blok1: Expected something to remove: block1. Found: "blok1". Did you mean block1?',
+        ),
+        (("variants", "typo"), {"modl": {}}, "variants.typo.modl: Expected one of the keys note, reported"),
+        (("variants", "high"), {"model": {"dropout": 3}}, "variants.high.model.dropout: Expected a value less than 1."),
+        (
+            ("variants", "bare"),
+            {"model": {"blocks": {"block1": None}}},
+            "variants.bare.model.blocks: Expected at least 1",
+        ),
+        (
+            ("variants", "x"),
+            {"model": {"dropout": 0}, "compared_with": "y"},
+            "variants.x.compared_with: Expected another",
+        ),
+        (("variants", "x"), {"model": {"dropout": 0}, "reported": {"accuracy": 1}}, "Did you mean test_accuracy?"),
+        (("data",), 3, "data: Expected a mapping of names to values. Found: 3."),
+    ],
+)
+def test_a_mistake_is_told_with_its_place_the_expectation_and_the_finding(path, value, message):
+    with pytest.raises(LabError) as caught:
+        params.validate(changed(*path, to=value))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("params.yaml: ")
+
+
+def test_all_mistakes_are_told_at_once_with_file_and_line(tmp_path: Path):
+    study = changed("train", "epochs", to=0)
+    study["data"]["dataset"] = "digit"
+    write_params(tmp_path, study)
+    with pytest.raises(LabError) as caught:
+        params.load(tmp_path / "params.yaml")
+    lines = (tmp_path / "params.yaml").read_text().splitlines()
+    for key in ("epochs", "dataset"):
+        number = next(i for i, line in enumerate(lines, start=1) if f"{key}:" in line)
+        assert f"params.yaml, line {number}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: {name: x", "params.yaml, line "),
+        ("a: 1\na: 2\n", "params.yaml, line 2: Expected valid YAML 1.2. Found: found duplicate key"),
+        ("", "Expected a mapping with the keys study, data, model, seeds, variants. Found: null."),
+        ("- 1\n", "Expected a mapping with the keys"),
+        ("a: !!python/object:os.system x\n", "Expected valid YAML 1.2"),
+    ],
+)
+def test_a_file_that_is_no_study_is_told(tmp_path: Path, text: str, message: str):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(LabError) as caught:
+        params.load(tmp_path / "params.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_told(tmp_path: Path):
+    with pytest.raises(LabError, match=r"no such file\. Go to the folder that holds dvc\.yaml"):
+        params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_ready_made_study_is_valid_and_called_like_its_file(path: Path):
+    study = params.load(path)
+    assert study.study.name == path.stem
+    assert study.study.title
+    assert len(study.variants) > 1
+
+
+def test_differences_are_in_the_users_terms():
+    study = changed("variants", "wide", to={"model": {"blocks": {"block1": {"kernel": 5}, "block2": {"filters": 8}}}})
+    loaded = params.validate(study)
+    assert params.differences(loaded.baseline, loaded.variants["no_dropout"]) == [
+        {"path": "model.dropout", "baseline": 0.25, "variant": 0.0}
+    ]
+    assert params.differences(loaded.baseline, loaded.variants["wide"]) == [
+        {"path": "model.blocks.block1.kernel", "baseline": 3, "variant": 5},
+        {"path": "model.blocks.block2", "baseline": None, "variant": {"filters": 8}},
+    ]
+    assert params.differences(loaded.baseline, loaded.baseline) == []
