@@ -1,0 +1,91 @@
+"""What the builders share: applying a layer with a message that names it, and the dense layers of a head."""
+
+import difflib
+from typing import Any
+
+from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
+
+
+class NetworkError(LabError):
+    """A network that can't be built; the message names the layer."""
+
+
+def apply(layer: keras.layers.Layer, x: Any) -> Any:
+    """Apply a layer; a shape that does not fit, or that collapses to nothing, names the layer."""
+    try:
+        y = layer(x)
+    except (ValueError, TypeError) as error:
+        raise NetworkError(_does_not_fit(layer, x, _reason(error))) from error
+    if any(size is not None and size < 1 for size in y.shape[1:]):
+        raise NetworkError(_does_not_fit(layer, x, f"its output would have the shape {y.shape[1:]}"))
+    return y
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Exception encountered")), type(error).__name__)
+
+
+def _does_not_fit(layer: keras.layers.Layer, x: Any, why: str) -> str:
+    return (
+        f"layer {layer.name} ({type(layer).__name__}) does not fit: Expected an input that it can work on. "
+        f"Found: shape {'×'.join(map(str, x.shape[1:]))}; {why.rstrip('.')}. "
+        "Use smaller kernels, strides or pools, padding: same, fewer blocks, or larger pictures."
+    )
+
+
+def initializer(name: str) -> str:
+    """Check a Keras initializer's name."""
+    return _known(name, keras.initializers.get, keras.initializers, "model.initializer", "a Keras initializer")
+
+
+def activation(name: str) -> str:
+    """Check a Keras activation's name."""
+    return _known(name, keras.activations.get, keras.activations, "model.activation", "a Keras activation")
+
+
+def _known(name: str, get: Any, module: Any, where: str, kind: str) -> str:
+    try:
+        get(name)
+    except (ValueError, TypeError):
+        names = [one for one in dir(module) if not one.startswith("_") and one[0].islower() and one not in OTHERS]
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(names)}."
+        raise NetworkError(f"{where}: Expected {kind}. Found: {name}.{hint}") from None
+    return name
+
+
+OTHERS = {"deserialize", "serialize", "get"}
+
+
+def kernel(model: dict[str, Any], prefix: str = "kernel") -> dict[str, Any]:
+    """How a layer's kernel is initialised and regularised, as Keras arguments."""
+    regularizer = keras.regularizers.L2(model["l2"]) if model["l2"] else None
+    return {f"{prefix}_initializer": initializer(model["initializer"]), f"{prefix}_regularizer": regularizer}
+
+
+def normalize(kind: str, x: Any, name: str) -> Any:
+    """Batch or layer normalisation, or nothing."""
+    match kind:
+        case "batch":
+            return apply(keras.layers.BatchNormalization(name=name), x)
+        case "layer":
+            return apply(keras.layers.LayerNormalization(name=name), x)
+    return x
+
+
+def drop(rate: float, x: Any, name: str) -> Any:
+    """Dropout; a rate of 0 adds no layer."""
+    return apply(keras.layers.Dropout(rate, name=name), x) if rate else x
+
+
+def head(model: dict[str, Any], x: Any) -> Any:
+    """The hidden dense layers: dense, normalisation, activation, dropout."""
+    for layer in model["head"]:
+        name = layer["name"]
+        x = apply(keras.layers.Dense(layer["units"], name=name, **kernel(model)), x)
+        x = normalize(layer["normalization"], x, f"{name}_norm")
+        x = apply(keras.layers.Activation(activation(layer["activation"]), name=f"{name}_activation"), x)
+        x = drop(layer["dropout"], x, f"{name}_dropout")
+    return x

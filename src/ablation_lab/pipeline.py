@@ -1,0 +1,123 @@
+"""Arrays on disk → batches of pictures and labels. Which pictures a step sees depends on (seed, step) alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ablation_lab.backend import tf
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """`data/processed/`, mapped from disk: `images` uint8 (n, height, width, channels), `labels` (n,), and the sorted
+    indices of each part."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    classes: list[str]
+
+
+def training_indices(train: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:
+    """The part of the training pictures that a study uses: the same fraction of each class, the same in every cell.
+
+    Args:
+        train: indices of the training part.
+        labels: class of every picture of the data set.
+        fraction: in (0, 1]; a smaller fraction is a subset of a larger one.
+    """
+    if fraction == 1:
+        return train
+    order = np.random.default_rng(0).permutation(train)
+    kept = [members[: max(1, round(fraction * len(members)))] for members in _by_class(order, labels[order])]
+    return np.sort(np.concatenate(kept))
+
+
+def _by_class(indices: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    return [indices[labels == label] for label in np.unique(labels)]
+
+
+@dataclass
+class Shuffled:
+    """Batches of indices in an order fixed by the seed.
+
+    Without `steps_per_epoch` an epoch is one pass over a fresh permutation, its last batch smaller. With it, epochs cut
+    an endless stream of permutations into equal pieces, as Keras does.
+    """
+
+    indices: np.ndarray
+    batch_size: int
+    steps_per_epoch: int | None
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return self.steps_per_epoch or -(-len(self.indices) // self.batch_size)
+
+    def batch(self, step: int) -> np.ndarray:
+        """The indices of a step, counted from 0 over all epochs."""
+        n = len(self.indices)
+        if self.steps_per_epoch is None:
+            epoch, step = divmod(step, self.steps)
+            return self._permutation(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        pieces = []
+        while start < stop:
+            number, offset = divmod(start, n)
+            pieces.append(self._permutation(number)[offset : offset + stop - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def _permutation(self, number: int) -> np.ndarray:
+        if getattr(self, "_number", None) != number:
+            self._number = number
+            self._order = np.random.default_rng([self.seed, number]).permutation(self.indices)
+        return self._order
+
+
+def training_batches(
+    arrays: Arrays, shuffled: Shuffled, first_epoch: int, epochs: int, one_hot: bool
+) -> tf.data.Dataset:
+    """Shuffled batches for the epochs from `first_epoch` (from 0) up to `epochs`.
+
+    Returns:
+        Pictures uint8 (batch, height, width, channels) and labels, one-hot float32 (batch, classes) or int32 (batch,).
+    """
+    steps = tf.data.Dataset.range(first_epoch * shuffled.steps, epochs * shuffled.steps)
+    return _load(arrays, steps, lambda step: shuffled.batch(int(step)), one_hot)
+
+
+def ordered_batches(arrays: Arrays, indices: np.ndarray, batch_size: int, one_hot: bool) -> tf.data.Dataset:
+    """Batches in the order of `indices`, each picture once; shapes as in `training_batches`."""
+    steps = tf.data.Dataset.range(-(-len(indices) // batch_size))
+    return _load(arrays, steps, lambda step: indices[step * batch_size : (step + 1) * batch_size], one_hot)
+
+
+def _load(arrays: Arrays, steps: tf.data.Dataset, batch, one_hot: bool) -> tf.data.Dataset:
+    def read(step):
+        chosen = batch(step)
+        return arrays.images[chosen], arrays.labels[chosen].astype(np.int32)
+
+    def load(step):
+        images, labels = tf.numpy_function(read, [step], (tf.uint8, tf.int32), stateful=False)
+        images.set_shape((None, *arrays.images.shape[1:]))
+        labels.set_shape((None,))
+        return images, tf.one_hot(labels, len(arrays.classes)) if one_hot else labels
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.deterministic = True
+    return steps.map(load).with_options(options).prefetch(2)
+
+
+def open_arrays(folder: Path, classes: list[str]) -> Arrays:
+    """Map the processed data set from disk; nothing is read before it is used."""
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("images", "labels", "train", "validation", "test")
+    }
+    return Arrays(classes=classes, **arrays)

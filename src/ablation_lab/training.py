@@ -1,0 +1,224 @@
+"""Train one cell: fit, keep the best weights, predict, write the cell's files."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ablation_lab import backend, cell, files, models, optimization, pipeline, tracking
+from ablation_lab.backend import keras
+
+PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
+
+# Seconds between two pictures of the progress bar; a log file needn't grow by the second.
+SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 10
+PLAN, DATA = Path("plan"), Path("data/processed")
+
+EpochReport = Callable[[dict[str, float]], None]
+
+
+def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
+    """Train the cell of a planned variant, track it in MLflow and write its folder, `cell.json` last.
+
+    A cell that another variant has finished already, under the same plan, data, code and seed, is shared.
+    """
+    plan_file = root / PLAN / f"{variant}.json"
+    plan = files.read_json(plan_file)
+    card = files.read_json(root / DATA / "card.json")
+    code = cell.training_code(root)
+    plan_hash = hashlib.sha256(plan_file.read_bytes()).hexdigest()
+    cell_hash = cell.cell_hash(plan_hash, seed, card["digest"], code)
+    out = cell.folder(variant, seed, root)
+    twin = cell.finished_twin(root / "cells", out, cell_hash)
+    if twin:
+        print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
+        take_over(twin, out)
+        return
+    identity = tracking.Identity(tracking.study_name(root), variant, seed, cell_hash, plan)
+    with tracking.cell_run(identity) as run:
+        network, result = train(plan, seed, root / DATA, out, identity.name, run.epoch)
+        identity_of = {"cell_hash": cell_hash, "plan_hash": plan_hash, "data_digest": card["digest"]}
+        files.write_json(out / cell.RESULT, result | identity_of)
+        run.metrics({"train_accuracy": result["train_accuracy"], "best_epoch": result["best_epoch"]})
+        run.model(network, card["classes"])
+
+
+def train(
+    plan: dict[str, Any], seed: int, data: Path, out: Path, name: str, report: EpochReport
+) -> tuple[keras.Model, dict[str, Any]]:
+    """Train one cell and write its files to `out`; all but `timing.json` are the same bytes every time.
+
+    `cell.json` is not written here: whoever calls knows the cell's identity, and writes it last.
+
+    Args:
+        plan: the resolved configuration, `plan/<variant>.json`.
+        seed: fixes initial weights, order of pictures, dropout and augmentation.
+        data: the processed data set.
+        out: the cell's folder, made here.
+        name: what the progress bar is called.
+        report: called after each epoch with its row of `history.csv` and `epoch_seconds`.
+
+    Returns:
+        The trained network with the kept weights, and the result for `cell.json`.
+    """
+    started = time.perf_counter()
+    settings = plan["train"]
+    device = backend.set_up(settings["threads"])
+    keras.utils.clear_session()  # names are counted, and they are part of what is written
+    keras.utils.set_random_seed(seed)
+    card = files.read_json(data / "card.json")
+    arrays = pipeline.open_arrays(data, card["classes"])
+    train_part = pipeline.training_indices(arrays.train, arrays.labels, plan["input"]["fraction"])
+    shuffled = pipeline.Shuffled(train_part, settings["batch_size"], settings["steps_per_epoch"], seed)
+    one_hot = optimization.takes_one_hot(settings)
+
+    network = models.build(plan["model"], plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
+    trainer = _augmented(network, plan["input"]["augment"])
+    trainer.compile(
+        optimizer=optimization.optimizer(settings["optimizer"]),
+        loss=optimization.loss(settings),
+        metrics=["accuracy"],
+        jit_compile=backend.compile_with_xla(),
+    )
+    recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None, report)
+    trainer.fit(
+        pipeline.training_batches(arrays, shuffled, 0, settings["epochs"], one_hot),
+        steps_per_epoch=shuffled.steps,
+        epochs=settings["epochs"],
+        validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, one_hot),
+        callbacks=[recorder, *optimization.callbacks(settings), Progress(name, shuffled.steps)],
+        shuffle=False,  # the batches come shuffled
+        verbose=0,
+    )
+    recorder.restore_kept_weights()
+
+    # Fitting and model selection are over. Only now the test pictures are looked at, and nothing is scored on them.
+    predictions = {}
+    for part in ("validation", "test"):
+        indices = getattr(arrays, part)
+        batches = pipeline.ordered_batches(arrays, indices, PREDICTION_BATCH, one_hot)
+        predictions[f"{part}_probabilities"] = network.predict(batches, verbose=0)
+        predictions[f"{part}_labels"] = arrays.labels[indices].astype(np.int64)
+    train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, one_hot)
+    scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
+
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
+    network.save_weights(out / cell.WEIGHTS)
+    history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})
+    history.to_csv(out / cell.HISTORY, index=False, lineterminator="\n")
+    np.savez(out / cell.PREDICTIONS, **predictions)
+    result = {
+        "status": "diverged" if recorder.diverged else "ok",
+        "epochs": len(recorder.history),
+        "best_epoch": recorder.best_epoch,
+        "train_accuracy": None if recorder.diverged else scores["accuracy"],
+        "train_loss": None if recorder.diverged else scores["loss"],
+    }
+    timing = {
+        "device": device,
+        "threads": settings["threads"],
+        "epoch_seconds": [round(seconds, 4) for seconds in recorder.seconds],
+        "total_seconds": round(time.perf_counter() - started, 4),
+    }
+    files.write_json(out / cell.TIMING, timing)
+    return network, result
+
+
+def take_over(twin: Path, out: Path) -> None:
+    """Share the result of a cell that is the same training under another name; what says 'finished' comes last."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(twin.iterdir(), key=lambda file: file.name == cell.RESULT):
+        shutil.copyfile(file, out / file.name)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Keeps the history, the best weights and the random state of a training; stops it when the loss is no number.
+
+    Args:
+        seed: the cell's seed; every epoch's random numbers depend on it and the epoch alone.
+        monitor: `val_accuracy` or `val_loss`, whose best epoch's weights are kept; None keeps the last epoch's.
+        report: called with each epoch's row.
+    """
+
+    def __init__(self, seed: int, monitor: str | None, report: EpochReport):
+        super().__init__()
+        self.seed, self.monitor, self.report = seed, monitor, report
+        self.history: list[dict[str, float]] = []
+        self.seconds: list[float] = []
+        self.best_epoch: int | None = None
+        self.best: float = math.nan
+        self.kept_weights: list[np.ndarray] | None = None
+        self.diverged = False
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        backend.set_generator_states(self.model, self.seed, epoch)
+        self._learning_rate = float(self.model.optimizer.learning_rate)
+        self._started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        logs = logs or {}
+        self.seconds.append(time.perf_counter() - self._started)
+        row = {"epoch": epoch + 1} | {
+            name: float(logs[name]) for name in ("loss", "accuracy", "val_loss", "val_accuracy")
+        }
+        row["learning_rate"] = self._learning_rate
+        self.history.append(row)
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["val_loss"])):
+            self.diverged = True
+            self.model.stop_training = True
+        elif self.monitor is None:
+            self.best_epoch = epoch + 1
+        elif self._improved(row[self.monitor]):
+            self.best, self.best_epoch = row[self.monitor], epoch + 1
+            self.kept_weights = self.model.get_weights()
+        self.report(row | {"epoch_seconds": self.seconds[-1]})
+
+    def restore_kept_weights(self) -> None:
+        """Put the best epoch's weights back; a diverged network keeps its last ones, broken as they are."""
+        if self.kept_weights is not None and not self.diverged:
+            self.model.set_weights(self.kept_weights)
+
+    def _improved(self, value: float) -> bool:
+        return math.isnan(self.best) or (value < self.best if self.monitor == "val_loss" else value > self.best)
+
+
+class Progress(keras.callbacks.Callback):
+    """A bar that moves with every batch and shows the last epoch's figures."""
+
+    async_safe = True  # Keras needn't wait for a batch's loss: the bar doesn't show it
+
+    def __init__(self, name: str, steps: int):
+        super().__init__()
+        self.name, self.steps = name, steps
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self.bar = tqdm(total=self.params["epochs"] * self.steps, desc=self.name, unit="step", mininterval=SHOW_SECONDS)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.bar.update()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        logs = logs or {}
+        shown = {name: f"{float(logs[name]):.4f}" for name in ("loss", "val_loss", "val_accuracy") if name in logs}
+        self.bar.set_postfix({"epoch": f"{epoch + 1}/{self.params['epochs']}"} | shown, refresh=False)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.bar.close()
+
+
+def _augmented(network: keras.Model, augment: dict[str, dict[str, Any]]) -> keras.Model:
+    """The network behind its augmentation layers: same weights, and the network itself stays free of them."""
+    layers = optimization.augmentation(augment)
+    if not layers:
+        return network
+    return keras.Sequential([keras.Input(network.input_shape[1:]), *layers, network])

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+import one_thread  # noqa: F401  isort: skip
+from ablation_lab import models, params
+from ablation_lab.backend import keras
+from ablation_lab.plan import macs
+
+
+def network(image_shape=(28, 28, 1), **settings) -> keras.Model:
+    settings = {"builder": "cnn", "head": {"dense1": {"units": 100}}} | settings
+    resolved = params.BUILDERS[settings["builder"]].model_validate(settings).resolved()
+    return models.build(resolved, "unit", image_shape, 10)
+
+
+# Sizes as published for these networks on Fashion-MNIST.
+@pytest.mark.parametrize(
+    ("blocks", "parameters"),
+    [
+        ([{"filters": 32}], 542_230),
+        ([{"filters": 32}, {"filters": 32, "pool": 1}, {"filters": 32, "pool": 1}], 279_126),
+        ([{"filters": 32, "convolution": "separable"}], 541_983),
+        ([{"convolution": "depthwise", "kernel": 28, "pool": 1}], 1_995),
+        ([{"filters": 32, "convolution": "transpose"}], 721_430),
+    ],
+)
+def test_published_networks_have_their_published_size(blocks, parameters):
+    built = network(blocks={f"block{i}": block for i, block in enumerate(blocks)})
+    assert built.count_params() == parameters
+
+
+def test_a_block_is_convolutions_with_normalisation_and_activation_then_pooling_then_dropout():
+    built = network(
+        blocks={
+            "a": {"filters": 4, "convolutions": 2, "normalization": "batch", "pool_type": "average", "dropout": 0.1}
+        },
+        head_from="global_average",
+        features_dropout=0.2,
+        head_dropout=0.5,
+    )
+    kinds = [type(layer).__name__ for layer in built.layers]
+    convolution = ["Conv2D", "BatchNormalization", "Activation"]
+    block = [*convolution, *convolution, "AveragePooling2D", "Dropout"]
+    head = ["GlobalAveragePooling2D", "Dropout", "Dense", "Activation", "Dropout", "Dense"]
+    assert kinds == ["InputLayer", "Rescaling", *block, *head]
+    assert [layer.rate for layer in built.layers if isinstance(layer, keras.layers.Dropout)] == [0.1, 0.2, 0.5]
+
+
+def test_a_network_takes_raw_pictures_and_gives_probabilities():
+    built = network(builder="mlp", image_shape=(8, 8, 3), activation="tanh")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype("uint8")
+    probabilities = built.predict(pictures, verbose=0)
+    assert probabilities.shape == (5, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert float(keras.ops.max(built.get_layer("rescale")(pictures))) <= 1
+
+
+@pytest.mark.parametrize(("rescale", "black", "white"), [("unit", 0, 1), ("symmetric", -1, 1), ("none", 0, 255)])
+def test_rescale(rescale, black, white):
+    built = models.build(params.Mlp(builder="mlp").resolved(), rescale, (2, 2, 1), 2)
+    features = keras.Model(built.input, built.get_layer("features").output)
+    pictures = np.stack([np.zeros((2, 2, 1)), np.full((2, 2, 1), 255)])
+    np.testing.assert_allclose(features.predict(pictures, verbose=0), [[black] * 4, [white] * 4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks": {"one": {"filters": 4, "pool": 40}}}, "layer one_pool (MaxPooling2D) does not fit"),
+        ({"blocks": {"one": {"filters": 4}, "two": {"filters": 4, "kernel": 20}}}, "layer two_conv1 (Conv2D) does not"),
+        ({"blocks": {"one": {"filters": 4, "kernel": 40}}}, "Found: shape 28×28×1;"),
+        ({"builder": "mlp", "activation": "rellu"}, "Expected a Keras activation. Found: rellu. Did you mean relu?"),
+        ({"builder": "mlp", "initializer": "he"}, "model.initializer: Expected a Keras initializer. Found: he."),
+    ],
+)
+def test_what_does_not_fit_names_the_layer(settings, message):
+    with pytest.raises(models.NetworkError) as caught:
+        network(**settings)
+    assert message in str(caught.value)
+
+
+def test_multiply_accumulates_are_counted_by_hand():
+    built = network(
+        image_shape=(8, 8, 3),
+        padding="same",
+        blocks={
+            "plain": {"filters": 4, "pool": 1},
+            "separable": {"filters": 5, "convolution": "separable", "pool": 1},
+            "depthwise": {"convolution": "depthwise", "stride": 2, "pool": 1},
+            "transpose": {"filters": 2, "convolution": "transpose", "stride": 2, "pool": 1},
+        },
+    )
+    counted = {layer.name: macs(layer) for layer in built.layers if macs(layer)}
+    assert counted == {
+        "plain_conv1": 8 * 8 * 3 * 3 * 3 * 4,
+        "separable_conv1": 8 * 8 * (3 * 3 * 4 + 4 * 5),
+        "depthwise_conv1": 4 * 4 * 3 * 3 * 5,
+        "transpose_conv1": 4 * 4 * 3 * 3 * 5 * 2,
+        "dense1": 8 * 8 * 2 * 100,
+        "probabilities": 100 * 10,
+    }

@@ -1,0 +1,76 @@
+import pytest
+
+import one_thread  # noqa: F401  isort: skip
+from ablation_lab import optimization
+from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
+
+
+def test_an_optimizer_gets_its_arguments():
+    found = optimization.optimizer({"name": "sgd", "learning_rate": 0.05, "momentum": 0.9})
+    assert isinstance(found, keras.optimizers.SGD)
+    assert float(found.learning_rate) == pytest.approx(0.05)
+    assert found.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adm"}, "train.optimizer.name: Expected a Keras optimizer. Found: adm. Did you mean adam?"),
+        (
+            {"name": "sgd", "momentm": 1},
+            "train.optimizer.momentm: Expected an argument of SGD. Found: momentm. Did you",
+        ),
+        ({"name": "adam", "momentum": 0.9}, "A variant drops an inherited one with `momentum: null`."),
+        ({"name": "sgd", "momentum": 7}, "train.optimizer: Expected arguments that SGD takes."),
+    ],
+)
+def test_an_optimizer_that_keras_does_not_know_is_told(settings, message):
+    with pytest.raises(LabError) as caught:
+        optimization.optimizer(settings)
+    assert message in str(caught.value)
+
+
+def test_losses_by_name():
+    assert isinstance(
+        optimization.loss({"loss": "mean_squared_error", "label_smoothing": 0}), keras.losses.MeanSquaredError
+    )
+    smoothed = optimization.loss({"loss": "categorical_crossentropy", "label_smoothing": 0.1})
+    assert smoothed.get_config()["label_smoothing"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"loss": "categorical_crosentropy", "label_smoothing": 0},
+            "train.loss: Expected a Keras loss. Found: categorical_crosentropy. Did you mean categorical_crossentropy?",
+        ),
+        (
+            {"loss": "mean_squared_error", "label_smoothing": 0.1},
+            "train.label_smoothing: Expected 0, since mean_squared_error takes none. Found: 0.1.",
+        ),
+    ],
+)
+def test_a_loss_that_keras_does_not_know_is_told(settings, message):
+    with pytest.raises(LabError) as caught:
+        optimization.loss(settings)
+    assert message in str(caught.value)
+
+
+def test_augmentation_layers_by_name_in_order():
+    layers = optimization.augmentation({"RandomFlip": {"mode": "horizontal"}, "RandomRotation": {"factor": 0.1}})
+    assert [type(layer).__name__ for layer in layers] == ["RandomFlip", "RandomRotation"]
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ({"RandomFlop": {}}, "input.augment.RandomFlop: Expected a Keras layer. Found: RandomFlop. Did you mean"),
+        ({"RandomFlip": {"way": 1}}, "input.augment.RandomFlip: Expected arguments of RandomFlip."),
+    ],
+)
+def test_augmentation_that_keras_does_not_know_is_told(augment, message):
+    with pytest.raises(LabError) as caught:
+        optimization.augmentation(augment)
+    assert message in str(caught.value)

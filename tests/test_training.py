@@ -1,0 +1,145 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import one_thread  # noqa: F401
+import pandas as pd
+import pytest
+from conftest import TINY
+
+from ablation_lab import cell, params, prediction, preprocess, training
+from ablation_lab.datasets import digits
+
+STEADY = [cell.ARCHITECTURE, cell.HISTORY, cell.PREDICTIONS, cell.WEIGHTS]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The tiny study's processed pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    settings = params.validate(TINY).data
+    digits.download(settings, folder / "raw")
+    preprocess.preprocess(settings, folder / "raw", folder / "processed")
+    return folder / "processed"
+
+
+def plan_of(**sections) -> dict:
+    """The tiny study's resolved baseline with some settings changed."""
+    study = copy.deepcopy(TINY) | {"variants": {"baseline": {}}}
+    for name, changes in sections.items():
+        study[name] = params.merge_patch(study[name], changes)
+    return params.validate(study).baseline.resolved()
+
+
+def train(data: Path, out: Path, seed: int = 0, **sections):
+    """Train a cell; returns the network, the result, and the rows reported after each epoch."""
+    rows: list[dict] = []
+    network, result = training.train(plan_of(**sections), seed, data, out, "test-0", rows.append)
+    return network, result, rows
+
+
+VARIED = {
+    "plain": {},
+    "augmented": {"input": {"augment": {"RandomFlip": {}, "RandomRotation": {"factor": 0.1}}}},
+    "normalised": {"model": {"normalization": "batch", "convolutions": 2, "padding": "same", "head_dropout": 0.5}},
+    "perceptron": {"model": {"builder": "mlp", "blocks": None, "dropout": None, "head_dropout": 0.2}},
+    "parts": {"input": {"fraction": 0.5}, "train": {"steps_per_epoch": 5, "optimizer": {"name": "sgd"}}},
+    "smoothed": {"train": {"label_smoothing": 0.1, "reduce_lr": {"patience": 0}, "early_stopping": {"patience": 0}}},
+    "sparse": {"train": {"loss": "sparse_categorical_crossentropy", "keep": "last", "batch_size": 7}},
+}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_a_cell_trained_twice_is_the_same_bytes(data, tmp_path, name):
+    for folder in ("first", "second"):
+        train(data, tmp_path / folder, **VARIED[name])
+    for file in STEADY:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+
+
+def test_another_seed_is_another_training(data, tmp_path):
+    for seed in (0, 1):
+        train(data, tmp_path / str(seed), seed=seed)
+    assert (tmp_path / "0" / cell.WEIGHTS).read_bytes() != (tmp_path / "1" / cell.WEIGHTS).read_bytes()
+
+
+def test_what_a_cell_writes(data, tmp_path):
+    network, result, rows = train(data, tmp_path, train={"epochs": 3})
+    history = pd.read_csv(tmp_path / cell.HISTORY)
+    assert list(history.columns) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
+    assert list(history["epoch"]) == [1, 2, 3] == [row["epoch"] for row in rows]
+    np.testing.assert_allclose(history["val_loss"], [row["val_loss"] for row in rows], rtol=1e-6)
+    assert json.loads((tmp_path / cell.TIMING).read_text())["device"]
+
+    card = json.loads((data / "card.json").read_text())
+    with np.load(tmp_path / cell.PREDICTIONS) as predictions:
+        for part in ("validation", "test"):
+            indices = np.load(data / f"{part}.npy")
+            assert predictions[f"{part}_probabilities"].shape == (card["counts"][part], 10)
+            assert list(predictions[f"{part}_labels"]) == list(np.load(data / "labels.npy")[indices])
+        validation_accuracy = np.mean(
+            predictions["validation_probabilities"].argmax(axis=1) == predictions["validation_labels"]
+        )
+    # The kept weights are those of the best epoch, and history and predictions tell the same story.
+    assert result["best_epoch"] == 1 + int(history["val_accuracy"].argmax())
+    assert validation_accuracy == pytest.approx(history["val_accuracy"].max())
+    assert result["status"] == "ok"
+
+    (tmp_path / cell.RESULT).write_text(json.dumps(result))
+    pictures = np.load(data / "images.npy")[np.load(data / "test.npy")]
+    loaded = prediction.load(tmp_path)
+    np.testing.assert_array_equal(loaded.predict(pictures, verbose=0), network.predict(pictures, verbose=0))
+
+
+def test_training_accuracy_is_measured_with_dropout_off_on_the_kept_weights(data, tmp_path):
+    network, result, rows = train(data, tmp_path, model={"dropout": 0.9}, train={"epochs": 6})
+    indices = np.load(data / "train.npy")
+    pictures, labels = np.load(data / "images.npy")[indices], np.load(data / "labels.npy")[indices]
+    accuracy = np.mean(network.predict(pictures, verbose=0).argmax(axis=1) == labels)
+    assert result["train_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert result["train_accuracy"] != pytest.approx(rows[result["best_epoch"] - 1]["accuracy"], abs=1e-6)
+
+
+def test_a_loss_that_is_no_number_ends_the_cell_as_diverged(data, tmp_path):
+    optimizer = {"name": "sgd", "learning_rate": 1e30}
+    _, result, rows = train(
+        data, tmp_path, model={"activation": "exponential"}, train={"optimizer": optimizer, "epochs": 9}
+    )
+    assert result["status"] == "diverged"
+    assert len(rows) == result["epochs"] < 9
+    assert not math.isfinite(rows[-1]["loss"])
+    assert result["train_accuracy"] is None
+    with np.load(tmp_path / cell.PREDICTIONS) as predictions:
+        assert np.isnan(predictions["test_probabilities"]).all()
+
+
+def test_early_stopping_and_learning_rate_schedule(data, tmp_path):
+    settings = {"epochs": 30, "optimizer": {"name": "sgd", "learning_rate": 1e-9}}
+    settings |= {"early_stopping": {"monitor": "val_loss", "patience": 3, "min_delta": 0.1}}
+    settings |= {"reduce_lr": {"monitor": "val_loss", "patience": 1, "factor": 0.5, "min_delta": 0.1}}
+    _, result, rows = train(data, tmp_path, train=settings)
+    assert result["epochs"] == len(rows) == 4  # nothing improves after the first epoch
+    assert rows[-1]["learning_rate"] == pytest.approx(1e-9 / 4)
+
+
+def test_keep_last_takes_the_last_epoch(data, tmp_path):
+    _, result, rows = train(data, tmp_path, train={"keep": "last", "epochs": 3})
+    assert result["best_epoch"] == 3
+    with np.load(tmp_path / cell.PREDICTIONS) as predictions:
+        accuracy = np.mean(predictions["validation_probabilities"].argmax(axis=1) == predictions["validation_labels"])
+    assert accuracy == pytest.approx(rows[-1]["val_accuracy"])
+
+
+def test_an_epochs_random_numbers_do_not_depend_on_what_ran_before(data):
+    from ablation_lab import backend, models
+
+    network = models.build(plan_of(model={"dropout": 0.5})["model"], "unit", (8, 8, 1), 10)
+    pictures = np.load(data / "images.npy")[:4]
+    seen = {}
+    for epoch in (0, 1, 0):
+        backend.set_generator_states(network, 7, epoch)
+        seen.setdefault(epoch, []).append(np.asarray(network(pictures, training=True)))
+    np.testing.assert_array_equal(*seen[0])
+    assert not np.array_equal(seen[0][0], seen[1][0])
