@@ -1,0 +1,260 @@
+"""The plan: every variant resolved, built and sized before anything is trained."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ablation_lab import cell, datasets, files, models, optimization, params
+from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
+from ablation_lab.params import Params, Variant
+
+# Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
+# thread, for a first guess where nothing has been trained yet; both seen on a 2-core machine.
+START_UP_SECONDS = 12
+MACS_A_SECOND = 3e9
+
+
+def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> dict[str, dict[str, Any]]:
+    """Build every variant's network and say what it is.
+
+    Args:
+        study: a valid study.
+        image_shape: height, width, channels of the pictures.
+        classes: number of classes.
+
+    Returns:
+        For each variant `parameters`, `trainable_parameters`, `macs` (of one picture's forward pass), `differences`
+        from the baseline, `layers`, `lints` and `plan_hash`.
+
+    Raises:
+        LabError: naming the variant, and the layer or the setting, of everything that can't be built.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, str] = {}
+    problems = []
+    for name, variant in study.variants.items():
+        try:
+            network = _build(variant, image_shape, classes)
+        except LabError as error:
+            problems.append(f"variants.{name}: {error}")
+            continue
+        layers = [_layer(layer) for layer in network.layers]
+        twin = fingerprints.setdefault(_fingerprint(network, variant), name)
+        lints = [] if twin == name else [f"{name} is the same network as {twin}, trained the same way"]
+        found[name] = {
+            "parameters": network.count_params(),
+            "trainable_parameters": sum(_size(weight) for weight in network.trainable_weights),
+            "macs": sum(layer["macs"] for layer in layers),
+            "differences": params.differences(study.baseline, variant),
+            "layers": layers,
+            "lints": lints,
+            "plan_hash": plan_hash(variant),
+        }
+    if problems:
+        raise LabError("\n       ".join(problems))
+    return found
+
+
+def plan_hash(variant: Variant) -> str:
+    """The sha256 of `plan/<variant>.json`."""
+    return params.digest(params.canonical_json(variant.resolved()))
+
+
+def write(study: Params, described: dict[str, dict[str, Any]], root: Path = Path()) -> None:
+    """Write `plan/<variant>.json`, what fixes a result, and `plan/networks/<variant>.json`, what is worth knowing.
+
+    Folders of cells that are no longer in the study are removed; DVC's cache keeps what was in them.
+    """
+    with files.whole(root / "plan") as folder:
+        (folder / "networks").mkdir()
+        for name, variant in study.variants.items():
+            (folder / f"{name}.json").write_text(params.canonical_json(variant.resolved()), encoding="utf-8")
+            text = params.canonical_json(described[name])
+            (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
+    wanted = {cell.folder(name, seed, root) for name, seed in study.cells}
+    for folder in (root / "cells").glob("*/seed-*"):
+        if folder not in wanted:
+            shutil.rmtree(folder)
+    for folder in (root / "cells").glob("*"):
+        if folder.name not in study.variants and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def reasons(study: Params, described: dict[str, dict[str, Any]], data_digest: str | None, root: Path = Path()) -> dict:
+    """Why each cell would be trained, or None where its result is there and up to date.
+
+    Args:
+        data_digest: the digest in the data card; None before `preprocess` has run.
+
+    Returns:
+        `{(variant, seed): reason | None}`.
+    """
+    code = cell.training_code(root)
+    found: dict[tuple[str, int], str | None] = {}
+    for name, seed in study.cells:
+        path = cell.folder(name, seed, root) / cell.RESULT
+        if not path.exists():
+            found[name, seed] = "not trained yet"
+            continue
+        result = files.read_json(path)
+        if result["plan_hash"] != described[name]["plan_hash"]:
+            found[name, seed] = "its settings changed"
+        elif result["data_digest"] != data_digest:
+            found[name, seed] = "the data changed"
+        elif result["cell_hash"] != cell.cell_hash(described[name]["plan_hash"], seed, data_digest or "", code):
+            found[name, seed] = "the training code changed"
+        else:
+            found[name, seed] = None
+    return found
+
+
+def minutes(
+    study: Params, described: dict[str, dict[str, Any]], pictures: int, root: Path = Path()
+) -> dict[str, float]:
+    """Estimated minutes of one cell of each variant: from its own past timings, else from its size.
+
+    Args:
+        pictures: size of the training part.
+    """
+    guesses = {}
+    for name, variant in study.variants.items():
+        used = pictures * variant.input.fraction
+        if variant.train.steps_per_epoch:
+            used = variant.train.steps_per_epoch * variant.train.batch_size
+        epoch = used * described[name]["macs"] / MACS_A_SECOND / variant.train.threads**0.5
+        epoch += 0.002 * used / variant.train.batch_size
+        for seed in study.seeds:
+            folder = cell.folder(name, seed, root)
+            if not (folder / cell.TIMING).exists() or not (folder / cell.RESULT).exists():
+                continue
+            if files.read_json(folder / cell.RESULT)["plan_hash"] == described[name]["plan_hash"]:
+                seconds = files.read_json(folder / cell.TIMING)["epoch_seconds"]
+                epoch = sum(seconds) / len(seconds)
+        guesses[name] = (START_UP_SECONDS + variant.train.epochs * epoch) / 60
+    return guesses
+
+
+def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], int, int, str | None]:
+    """What the networks would be fed: by the data card where `preprocess` has run, else by what is known of the data.
+
+    Returns:
+        Image shape, number of classes, size of the training part, and the data's digest (None without a data card).
+    """
+    known = datasets.spec(study.data)
+    card_file = root / "data" / "processed" / "card.json"
+    card: dict[str, Any] = files.read_json(card_file) if card_file.exists() else {}
+    if known is None and not card:
+        raise LabError(
+            "data: Expected pictures that are preprocessed, since only they tell their classes. "
+            "Found: none. Run `dvc repro preprocess` first."
+        )
+    image_shape = known.image_shape if known else _shape(study.data, card["image_shape"])
+    classes = list(known.classes) if known else card["classes"]
+    split = study.data.split
+    if card and (card["split"], card["image_shape"], card["classes"]) == (split.model_dump(), [*image_shape], classes):
+        return image_shape, len(classes), card["counts"]["train"], card["digest"]
+    counts = known.counts if known else {"all": sum(card["counts"].values())}
+    total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
+    rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
+    return image_shape, len(classes), round(total * rest), None
+
+
+def _shape(data: params.Data, own: list[int]) -> tuple[int, int, int]:
+    height, width = data.image_size or own[:2]
+    return height, width, {"rgb": 3, "grayscale": 1, None: own[2]}[data.color]
+
+
+def as_json(study: Params, described: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The plan for programs (`ablab plan --json`)."""
+    cells = [f"{name}-{seed}" for name, seed in study.cells]
+    return {"study": study.study.name, "baseline": study.study.baseline, "cells": cells, "variants": described}
+
+
+def table(
+    study: Params,
+    described: dict[str, dict[str, Any]],
+    reasons: dict[tuple[str, int], str | None],
+    minutes: dict[str, float],
+) -> str:
+    """The plan for people: a row a variant, then warnings and the sum."""
+    base = described[study.study.baseline]["parameters"]
+    rows, left, total = [], 0, 0.0
+    for name, facts in described.items():
+        why = [reason for seed in study.seeds if (reason := reasons[name, seed])]
+        left, total = left + len(why), total + len(why) * minutes[name]
+        changes = "; ".join(_change(one) for one in facts["differences"])
+        to_train = f"{len(why)} of {len(study.seeds)}: {', '.join(dict.fromkeys(why))}" if why else "nothing"
+        change = f"{facts['parameters'] - base:+,}" if name != study.study.baseline else ""
+        rows.append([name, changes, f"{facts['parameters']:,}", change, f"{facts['macs']:,}", minutes[name], to_train])
+    headers = ["variant", "change", "parameters", "change", "MACs", "minutes a cell", "to train"]
+    widths = [None, 44, None, None, None, None, 24]
+    align = ("left", "left", "right", "right", "right", "right", "left")
+    lines = [tabulate(rows, headers, floatfmt=".1f", maxcolwidths=widths, colalign=align), ""]
+    lines += [f"warning: {lint}" for facts in described.values() for lint in facts["lints"]]
+    lines.append(f"{left} of {len(study.cells)} cells to train, about {total:.0f} minutes one after another.")
+    if left:
+        lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
+    return "\n".join(lines)
+
+
+def _change(difference: dict[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        return "none" if value is None else json.dumps(value, ensure_ascii=False).replace('"', "")
+
+    return f"{difference['path']}: {shown(difference['baseline'])} → {shown(difference['variant'])}"
+
+
+def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+    settings = variant.resolved()
+    # What would stop a training after hours of others stops the plan: all of Keras' names and arguments are used once.
+    optimization.optimizer(settings["train"]["optimizer"])
+    optimization.loss(settings["train"])
+    optimization.augmentation(settings["input"]["augment"])
+    return models.build(settings["model"], settings["input"]["rescale"], image_shape, classes)
+
+
+def _fingerprint(network: keras.Model, variant: Variant) -> str:
+    """Equal for networks that differ in names alone and are fed and trained in the same way."""
+    layers = []
+    for layer in network.layers:
+        config = {key: value for key, value in layer.get_config().items() if key != "name"}
+        layers.append([type(layer).__name__, config])
+    settings = variant.resolved()
+    return json.dumps([layers, settings["input"], settings["train"]], sort_keys=True, default=str)
+
+
+def _layer(layer: keras.layers.Layer) -> dict[str, Any]:
+    shape = layer.output.shape[1:]
+    return {
+        "name": layer.name,
+        "type": type(layer).__name__,
+        "output_shape": list(shape),
+        "parameters": layer.count_params(),
+        "macs": macs(layer),
+    }
+
+
+def macs(layer: keras.layers.Layer) -> int:
+    """Multiply-accumulates of a layer for one picture; only convolutions and dense layers count."""
+    out = layer.output.shape[1:]
+    positions = out[0] * out[1] if len(out) == 3 and None not in out else 1
+    match type(layer).__name__:
+        case "Conv2D" | "DepthwiseConv2D":
+            return positions * _size(layer.kernel)
+        case "SeparableConv2D":
+            return positions * (_size(layer.depthwise_kernel) + _size(layer.pointwise_kernel))
+        case "Conv2DTranspose":  # each input position is spread by the whole kernel
+            height, width = layer.input.shape[1:3]
+            return height * width * _size(layer.kernel)
+        case "Dense":
+            return _size(layer.kernel)
+    return 0
+
+
+def _size(weight: keras.Variable) -> int:
+    return math.prod(weight.shape)

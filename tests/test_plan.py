@@ -1,0 +1,125 @@
+import copy
+import json
+
+import one_thread  # noqa: F401
+import pytest
+from conftest import ROOT, TINY
+
+from ablation_lab import cell, params, plan
+from ablation_lab.errors import LabError
+
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+# Sizes that the studies' authors published.
+PUBLISHED = {
+    "fashion_layers": {
+        "conv1": 542_230,
+        "conv1_dropout": 542_230,
+        "conv3": 279_126,
+        "conv3_dropout": 279_126,
+        "conv3_wide_head": 3_163_426,
+        "separable": 541_983,
+        "depthwise": 1_995,
+        "transpose": 721_430,
+    }
+}
+
+
+def study_with(**variants) -> params.Params:
+    study = copy.deepcopy(TINY)
+    study["variants"] |= variants
+    return params.validate(study)
+
+
+def describe(study: params.Params) -> dict:
+    return plan.describe(study, (8, 8, 1), 10)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_ready_made_study_can_be_planned_without_its_data(path, tmp_path):
+    study = params.load(path)
+    image_shape, classes, pictures, digest = plan.pictures(study, tmp_path)
+    described = plan.describe(study, image_shape, classes)
+    assert digest is None and pictures > 0
+    assert list(described) == list(study.variants)
+    assert not [lint for facts in described.values() for lint in facts["lints"]]
+    for name, parameters in PUBLISHED.get(path.stem, {}).items():
+        assert described[name]["parameters"] == parameters
+
+
+def test_what_does_not_fit_names_variant_and_layer_all_at_once():
+    study = study_with(
+        deep={"model": {"blocks": {"block2": {"filters": 2}, "block3": {"filters": 2}}}},
+        typo={"train": {"optimizer": {"name": "adm"}}},
+    )
+    with pytest.raises(LabError) as caught:
+        describe(study)
+    assert "variants.deep: layer block2_pool (MaxPooling2D) does not fit" in str(caught.value)
+    assert "variants.typo: train.optimizer.name: Expected a Keras optimizer. Found: adm." in str(caught.value)
+
+
+def test_variants_that_are_the_same_training_are_told():
+    study = study_with(
+        here={"model": {"blocks": {"block1": {"dropout": 0}}}},  # in other words, what no_dropout is
+        renamed={"model": {"dropout": 0, "blocks": {"block1": None, "other": {"filters": 2}}}},
+        longer={"model": {"dropout": 0}, "train": {"epochs": 3}},
+    )
+    described = describe(study)
+    assert described["here"]["lints"] == ["here is the same network as no_dropout, trained the same way"]
+    assert described["renamed"]["lints"] == ["renamed is the same network as no_dropout, trained the same way"]
+    assert described["longer"]["lints"] == []
+    assert described["here"]["plan_hash"] == described["no_dropout"]["plan_hash"]
+
+
+def test_the_plan_holds_what_fixes_a_result_and_nothing_else(tmp_path):
+    written = {}
+    for noted in (False, True):
+        study = study_with(
+            extra={"model": {"dropout": 0.5}} | ({"note": "x", "reported": {"epochs": 3}} if noted else {})
+        )
+        plan.write(study, describe(study), tmp_path)
+        written[noted] = {path.name: path.read_bytes() for path in (tmp_path / "plan").glob("*.json")}
+    assert written[False] == written[True]
+    assert set(written[True]) == {"baseline.json", "no_dropout.json", "extra.json"}
+    assert set(json.loads(written[True]["extra.json"])) == {"input", "model", "train"}
+
+
+def test_cells_that_left_the_study_are_removed(tmp_path):
+    study = study_with()
+    for folder in ("baseline/seed-0", "baseline/seed-7", "gone/seed-0"):
+        (tmp_path / "cells" / folder).mkdir(parents=True)
+    plan.write(study, describe(study), tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "cells").rglob("*")) == [
+        "cells/baseline",
+        "cells/baseline/seed-0",
+    ]
+
+
+def test_reasons_and_minutes(tmp_path):
+    study = study_with()
+    described = describe(study)
+    (tmp_path / "dvc.yaml").write_text("stages: {train: {deps: [code.py]}}")
+    (tmp_path / "code.py").write_text("1")
+    facts = described["baseline"]
+    hashes = {"plan_hash": facts["plan_hash"], "data_digest": "d"}
+    hashes["cell_hash"] = cell.cell_hash(facts["plan_hash"], 0, "d", cell.training_code(tmp_path))
+    folder = cell.folder("baseline", 0, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / cell.TIMING).write_text('{"epoch_seconds": [600, 600]}')
+
+    def reason(digest: str = "d", **changes) -> str | None:
+        (folder / cell.RESULT).write_text(json.dumps(hashes | changes))
+        return plan.reasons(study, described, digest, tmp_path)["baseline", 0]
+
+    assert plan.reasons(study, described, "d", tmp_path)["baseline", 1] == "not trained yet"
+    assert reason() is None
+    assert reason(plan_hash="other") == "its settings changed"
+    assert reason(digest="other") == "the data changed"
+    (tmp_path / "code.py").write_text("2")
+    assert reason() == "the training code changed"
+    minutes = plan.minutes(study, described, 1000, tmp_path)
+    assert minutes["baseline"] == pytest.approx(20, abs=1)  # two epochs of ten minutes, as measured
+    assert minutes["no_dropout"] < 1
+    table = plan.table(study, described, plan.reasons(study, described, "d", tmp_path), minutes)
+    assert "4 of 4 cells to train, about 41 minutes" in table
+    assert "model.dropout: 0.25 → 0.0" in table
