@@ -1,0 +1,16 @@
+"""cells + evaluation → MLflow: what came from DVC's cache is there too, and every run has its final metrics."""
+
+from pathlib import Path
+
+from ablation_lab import errors, files, sync
+
+
+def main() -> None:
+    receipt = sync.sync()
+    files.write_json(Path("mlruns/receipt.json"), receipt)
+    print(f"{len(receipt)} cells are in MLflow: `ablab ui` shows them")
+
+
+if __name__ == "__main__":
+    with errors.explained():
+        main()
