@@ -1,0 +1,177 @@
+"""Predictions → metrics, without TensorFlow: a new metric retrains nothing.
+
+`evaluate` reads the cells of a study and writes `evaluation/`:
+
+- `cells.json`: a list with one object a cell, for the report;
+- `cells.csv`, `curves.csv`: one row a cell, one row an epoch;
+- `correct.npy`: bool, cells × test pictures, in the order of cells.json: what was classified correctly;
+- `metrics.json`: means over seeds, for `dvc metrics show`;
+- `confusion.csv`: one row a test picture of the baseline's first seed, for the plot template `confusion` of DVC.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score
+
+from ablation_lab import cell, files
+from ablation_lab.errors import LabError
+from ablation_lab.params import Params
+
+PARTS = ("validation", "test")
+CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
+# What cell.json says about the fit itself, carried over as it is.
+FROM_CELL = ("status", "cell_hash", "plan_hash", "epochs", "best_epoch", "train_accuracy", "train_loss")
+ARRAYS = tuple(f"{part}_{what}" for part in PARTS for what in ("probabilities", "labels"))
+
+
+def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
+    """Score one part of the data.
+
+    Args:
+        probabilities: pictures × classes, rows that sum to one; two columns for a binary problem.
+        labels: the pictures' class numbers.
+
+    Returns:
+        accuracy, loss (cross-entropy, in nats), macro_f1, confusion (counts, actual × predicted) and per-class
+        precision, recall and f1 (0 where a class is never predicted or absent); for two classes also precision,
+        recall and roc_auc of class 1. None when a probability is not a number: the training diverged.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    if not np.isfinite(probabilities).all():
+        return None
+    classes = np.arange(probabilities.shape[1])
+    confusion = confusion_matrix(labels, probabilities.argmax(axis=1), labels=classes)
+    # The matrix holds all that these scores need; its cells as weights are far fewer than the pictures.
+    actual, predicted = np.divmod(np.arange(confusion.size), len(classes))
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        actual, predicted, labels=classes, sample_weight=confusion.ravel(), zero_division=0
+    )
+    scores = {
+        "accuracy": float(np.trace(confusion) / len(labels)),
+        "loss": float(log_loss(labels, probabilities, labels=classes)),
+        "macro_f1": float(np.mean(f1)),
+        "confusion": confusion.tolist(),
+        "per_class": {"precision": precision.tolist(), "recall": recall.tolist(), "f1": f1.tolist()},
+    }
+    if len(classes) == 2:
+        both = 0 < labels.sum() < len(labels)
+        scores |= {
+            "precision": float(precision[1]),
+            "recall": float(recall[1]),
+            "roc_auc": float(roc_auc_score(labels, probabilities[:, 1])) if both else None,
+        }
+    return scores
+
+
+def evaluate(study: Params, root: Path = Path()) -> None:
+    """Score all cells of a study and write `evaluation/`; other folders in `cells/` are ignored.
+
+    Raises:
+        LabError: when a cell, or a file of one, is missing or does not belong to this study's data.
+    """
+    names = files.read_json(root / "data/processed/card.json")["classes"]
+    parameters = {name: files.read_json(root / f"plan/networks/{name}.json")["parameters"] for name in study.variants}
+    scored, correct, curves = [], [], []
+    shown, labels = np.zeros(0, int), None
+    for variant, seed in study.cells:
+        folder = cell.folder(variant, seed, root)
+        predictions = _predictions(folder / cell.PREDICTIONS, len(names))
+        if labels is None:
+            labels = predictions["test_labels"]
+        elif not np.array_equal(labels, predictions["test_labels"]):
+            raise LabError(
+                f"{folder / 'predictions.npz'}: Expected the same test pictures as in the other cells. "
+                "Found: other labels. Run `dvc repro`."
+            )
+        fit = files.read_json(folder / cell.RESULT)
+        scores = {part: score(predictions[f"{part}_probabilities"], predictions[f"{part}_labels"]) for part in PARTS}
+        if fit["status"] == "diverged" or None in scores.values():
+            fit["status"], scores = "diverged", dict.fromkeys(PARTS)
+        scored.append({"variant": variant, "seed": seed} | {key: fit.get(key) for key in FROM_CELL} | scores)
+        predicted = np.nan_to_num(predictions["test_probabilities"]).argmax(axis=1)
+        correct.append((predicted == labels) & (scores["test"] is not None))
+        if (variant, seed) == (study.study.baseline, study.seeds[0]) and scores["test"]:
+            shown = predicted
+        curves += _history(folder / cell.HISTORY, variant, seed)
+
+    out = root / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in scored)
+    (out / "cells.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    np.save(out / "correct.npy", np.array(correct))
+    rows = [_row(one, binary=len(names) == 2) for one in scored]
+    _write_csv(out / "cells.csv", list(rows[0]), [list(row.values()) for row in rows])
+    _write_csv(out / "curves.csv", ["variant", "seed", "epoch", *CURVES], curves)
+    metrics = {
+        name: _means([row for row in rows if row["variant"] == name]) | {"parameters": parameters[name]}
+        for name in study.variants
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    actual = labels if labels is not None else shown
+    pairs = [[names[a], names[p]] for a, p in zip(actual.tolist(), shown.tolist(), strict=False)]
+    _write_csv(out / "confusion.csv", ["actual", "predicted"], pairs)
+
+
+def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in ARRAYS}
+    except FileNotFoundError:
+        raise files.missing(path) from None
+    except (KeyError, ValueError, EOFError, OSError) as error:
+        raise LabError(f"{path}: Expected the arrays {', '.join(ARRAYS)}. Found: {error}. Run `dvc repro`.") from None
+    for part in PARTS:
+        expected = (len(arrays[f"{part}_labels"]), classes)
+        if arrays[f"{part}_probabilities"].shape != expected:
+            raise LabError(
+                f"{path}: Expected {part}_probabilities of shape {expected} (pictures, classes). "
+                f"Found: {arrays[f'{part}_probabilities'].shape}. Run `dvc repro`."
+            )
+    return arrays
+
+
+def _history(path: Path, variant: str, seed: int) -> list[list]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise files.missing(path) from None
+    # The numbers stay the texts that they are, except that an empty field says 'not a number' to DVC's plots too.
+    return [
+        [variant, seed, row["epoch"], *("" if row[key].lower() == "nan" else row[key] for key in CURVES)]
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def _row(scored: dict[str, Any], binary: bool) -> dict[str, Any]:
+    row = {key: scored[key] for key in ("variant", "seed", "status", "epochs", "best_epoch", "train_accuracy")}
+    keys = ("accuracy", "loss", "macro_f1", *(("precision", "recall", "roc_auc") if binary else ()))
+    for part in PARTS:
+        scores = scored[part] or {}
+        row |= {f"{part}_{key}": scores.get(key) for key in keys}
+    return row
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over seeds; null when a cell diverged, for the mean of the others would flatter the variant."""
+    keys = {name: name for name in ("validation_accuracy", "test_accuracy", "test_loss")}
+    keys["macro_f1"] = "test_macro_f1"
+    if any(row["status"] == "diverged" for row in rows):
+        return dict.fromkeys([*keys, "test_accuracy_std"])
+    means: dict[str, float | None] = {
+        name: float(np.mean([row[column] for row in rows])) for name, column in keys.items()
+    }
+    accuracies = [row["test_accuracy"] for row in rows]
+    means["test_accuracy_std"] = float(np.std(accuracies, ddof=1)) if len(rows) > 1 else None
+    return means
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[list]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
