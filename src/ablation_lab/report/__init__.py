@@ -1,0 +1,32 @@
+"""Results → figures, Markdown, HTML, without TensorFlow."""
+
+from pathlib import Path
+
+from ablation_lab import files
+from ablation_lab.params import Params
+from ablation_lab.report import figures, pages, results
+
+
+def write_report(study: Params, root: Path = Path()) -> str:
+    """Write `reports/`: results.json, timings.json, figures, report.md and report.html.
+
+    Args:
+        study: the study whose `evaluation/`, plan, data card and timings are read.
+        root: the project's root, where they are and where `reports/` goes.
+
+    Returns:
+        the table of variants as plain text.
+
+    Raises:
+        LabError: when a result of an earlier stage is missing.
+    """
+    material = results.gather(study, root)
+    out = root / "reports"
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "results.json", material.results)
+    files.write_json(out / "timings.json", material.timings)
+    drawn = figures.draw(study, material, out / "figures")
+    page = pages.build(study, material)
+    (out / "report.md").write_text(pages.markdown(page, drawn), encoding="utf-8")
+    (out / "report.html").write_text(pages.html(page, drawn, out), encoding="utf-8")
+    return pages.text_table(page)

@@ -1,0 +1,387 @@
+"""The report's pictures. Colours after Okabe and Ito (2008); line styles and markers say the same once more."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from ablation_lab.params import Params
+from ablation_lab.report.results import Material
+
+QUICK = "QUICK CHECK: a sliver of data, not a result"
+WIDTH = 6.4  # inches; shown as wide as a text column, the text in a picture is then as large as the page's
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "text.parse_math": False,  # a class may be called "$1"
+}
+BASELINE = "#000000"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+LINES = ("-", "--", "-.", (0, (1, 1.2)))
+MARKERS = "os^DvPX"
+VERDICTS = {
+    "better": ("#009E73", "^", "better"),
+    "worse": ("#D55E00", "v", "worse"),
+    "indistinguishable": ("#666666", "o", "indistinguishable"),
+    "undetermined": ("#E69F00", "D", "undetermined"),
+}
+LONG = 50  # epochs from which curves are smoothed
+WINDOW = 9  # epochs of the moving mean
+MANY = 20  # classes from which a confusion matrix has no numbers
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture on disk: its file in `figures/`, its heading, what it shows (for alt), how to read it."""
+
+    file: str
+    title: str
+    alt: str
+    caption: str
+
+
+def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
+    """Draw all figures into a folder, by the name of their file without `.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with matplotlib.rc_context(STYLE), _any_glyphs():
+        for make in (accuracy, difference, curves, train_validation, confusions, samples, histogram):
+            figure, title, alt, caption = make(study, material)
+            if study.study.quick:
+                figure.suptitle(QUICK, color="#B00020", fontsize=13, fontweight="bold")
+                alt = f"{QUICK}. {alt}"
+            figure.savefig(folder / f"{make.__name__}.png", metadata={"Software": None})
+            drawn[make.__name__] = Drawn(f"{make.__name__}.png", title, alt, caption)
+    return drawn
+
+
+def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    figure, axes = _rows(study.variants)
+    reported = False
+    for row, (name, variant) in enumerate(material.results["variants"].items()):
+        color = _looks(study, name)["color"]
+        values = [cell["test_accuracy"] for cell in variant["cells"].values() if cell["test_accuracy"] is not None]
+        axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
+        mean, interval = variant["test_accuracy"]["mean"], variant["test_accuracy"]["ci95"]
+        if interval:
+            axes.plot(interval, [row, row], color=color, linewidth=2, solid_capstyle="butt")
+        if mean is not None:
+            axes.plot([mean, mean], [row - 0.27, row + 0.27], color=color, linewidth=3, solid_capstyle="butt")
+        elif not values:
+            axes.text(0.02, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
+        else:
+            text = f"{len(variant['cells']) - len(values)} of {len(variant['cells'])} diverged"
+            low: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(text, (np.mean(values), row), color="#B00020", **low)
+        if "test_accuracy" in variant["reported"]:
+            reported = True
+            axes.plot(variant["reported"]["test_accuracy"], row, "*", color="white", markeredgecolor="#B00020", ms=13)
+    base = material.results["variants"][study.study.baseline]["test_accuracy"]["mean"]
+    if base is not None:
+        axes.axvline(base, color=BASELINE, linewidth=1, linestyle="--")
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_xlabel("test accuracy")
+    axes.margins(x=0.06)
+    caption = "Dots: seeds. Upright bar: their mean. Line: 95 % interval of the mean over seeds. Dashed: the baseline."
+    caption += " Star: what the authors reported." if reported else ""
+    means = {name: variant["test_accuracy"]["mean"] for name, variant in material.results["variants"].items()}
+    told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
+    return figure, "Test accuracy", f"Test accuracy of each variant, mean over seeds: {told}.", caption
+
+
+def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    others = {name: one["delta"] for name, one in material.results["variants"].items() if one["delta"]["verdict"]}
+    figure, axes = _rows(others or ["no other variant"])
+    seen = []
+    for row, delta in enumerate(others.values()):
+        if delta["mean"] is None:
+            text = "diverged" if delta["verdict"] == "diverged" else "the baseline diverged"
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            transform = axes.get_yaxis_transform()
+            axes.text(0.02, row, text, transform=transform, va="center", color="#B00020", bbox=white)
+            continue
+        color, marker, label = VERDICTS[delta["verdict"]]
+        if delta["ci95"]:
+            axes.plot(np.multiply(delta["ci95"], 100), [row, row], color=color, linewidth=2.5, solid_capstyle="butt")
+        label = "_" if label in seen else label
+        seen.append(label)
+        axes.plot(100 * delta["mean"], row, marker, color=color, markersize=9, linestyle="", label=label)
+    axes.axvline(0, color=BASELINE, linewidth=1, linestyle="--")
+    low, high = axes.get_xlim()
+    if not any(delta["mean"] for delta in others.values()):
+        low, high = min(low, -1), max(high, 1)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
+    axes.set_xlabel("difference from the baseline in test accuracy, points")
+    if seen:
+        figure.legend(loc="outside lower center", ncols=2 if len(set(seen)) > 3 else 3, columnspacing=1, fontsize=10)
+    caption = "Mean over seeds of variant minus baseline, paired by seed, with its 95 % interval over seeds."
+    told = "; ".join(
+        f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
+        for name, delta in others.items()
+    )
+    return figure, "Difference from the baseline", f"Difference of each variant from the baseline: {told}.", caption
+
+
+def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """Validation accuracy and loss of all variants on the same axes."""
+    labels = {name: _wrap(name, 26) for name in study.variants}
+    columns = 2 if max(len(label) for label in labels.values()) > 14 else 3
+    lines = sum(label.count("\n") + 1 for label in labels.values())
+    figure = Figure(figsize=(WIDTH, 6.4 + 0.24 * -(-lines // columns)), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    smooth, bands = _is_long(material), len(study.variants) <= 8
+    for axes, key in ((top, "val_accuracy"), (bottom, "val_loss")):
+        for name in study.variants:
+            looks = _looks(study, name)
+            table = _table(material, name, key)
+            mean = np.mean(table, axis=1)  # NaN once a seed has stopped: a mean over fewer seeds would jump
+            epochs = np.arange(1, len(table) + 1)
+            if bands and table.shape[1] > 1:
+                axes.fill_between(epochs, table.min(1), table.max(1), color=looks["color"], alpha=0.15, linewidth=0)
+            for seed in table.T:
+                axes.plot(epochs, np.where(np.isnan(mean), seed, np.nan), color=looks["color"], alpha=0.35, linewidth=1)
+            line = _moving_mean(mean) if smooth else mean
+            every = max(1, len(table) // 8)
+            axes.plot(epochs, line, label=labels[name], markevery=every, markersize=5, **looks)
+    top.yaxis.set_major_formatter(FuncFormatter(_percent))
+    top.set_ylabel("validation accuracy")
+    bottom.set_ylabel("validation loss")
+    bottom.set_xlabel("epoch")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _tame(bottom, material.curves["val_loss"])
+    handles = top.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, columnspacing=1.2, fontsize=10)
+    caption = "Lines: mean over seeds, as long as all seeds train; thin: seeds that go on alone."
+    caption += " Bands: lowest to highest seed." if bands and len(study.seeds) > 1 else ""
+    caption += f" Moving mean over {WINDOW} epochs." if smooth else ""
+    alt = f"Validation accuracy and validation loss per epoch of {len(study.variants)} variants on the same axes."
+    return figure, "Learning curves", alt, caption
+
+
+def train_validation(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """Training against validation, a panel a variant for accuracy and one for loss, axes shared by all."""
+    names = list(study.variants)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
+    panels = figure.subplots(2 * rows, columns, sharex=True, squeeze=False)
+    smooth = _is_long(material)
+    for key, block in (("accuracy", panels[:rows]), ("loss", panels[rows:])):
+        for axes in block.flat[1:]:
+            axes.sharey(block[0, 0])
+        for index, (name, axes) in enumerate(zip([*names, *[""] * columns], block.flat, strict=False)):
+            if not name:
+                axes.set_axis_off()
+                continue
+            for column, color, line, label in (
+                (key, "#D55E00", "--", "training"),
+                (f"val_{key}", "#0072B2", "-", "validation"),
+            ):
+                mean = np.mean(_table(material, name, column), axis=1)
+                epochs = np.arange(1, len(mean) + 1)
+                axes.plot(epochs, _moving_mean(mean) if smooth else mean, line, color=color, label=label, linewidth=2)
+            axes.set_title(_wrap(name, 18), loc="left", fontsize=10, fontweight="bold")
+            last = index + columns >= len(names)
+            axes.tick_params(labelleft=index % columns == 0, labelbottom=key == "loss" and last)
+            if index % columns == 0:
+                axes.set_ylabel(key)
+            if key == "loss" and last:
+                axes.set_xlabel("epoch")
+    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(_percent))
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    _tame(panels[rows, 0], np.concatenate([material.curves["loss"], material.curves["val_loss"]]))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    caption = "Means over seeds. Training values are measured during the epoch, with dropout and augmentation on."
+    alt = "Accuracy and loss per epoch on training and validation data, one panel a variant, all on shared axes."
+    return figure, "Training against validation", alt, caption
+
+
+def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """Row-normalised confusion matrices, one a variant, in one scale."""
+    names = material.card["classes"]
+    columns = 1 if 10 < len(names) <= MANY or len(study.variants) == 1 else 2
+    rows = -(-len(study.variants) // columns)
+    side = WIDTH / columns if columns == 2 else 6.2 if len(names) > 10 else 4.6
+    figure = Figure(figsize=(WIDTH, rows * (side + 0.1) + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for index, (name, axes) in enumerate(zip([*study.variants, *[""] * columns], panels.flat, strict=False)):
+        axes.grid(False)
+        if not name:
+            axes.set_axis_off()
+            continue
+        axes.set_title(_wrap(name, 30), fontweight="bold")
+        counts = material.confusion(name)
+        shares = np.full((len(names), len(names)), np.nan) if counts is None else _row_shares(counts)
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        if counts is None:
+            axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
+        axes.spines[:].set_visible(True)
+        if len(names) <= MANY:
+            ticks = [_short(one, 12) for one in names]
+            size = 11 if len(names) <= 4 else 8
+            axes.set_xticks(range(len(names)), ticks, rotation=0 if len(names) <= 2 else 90, fontsize=size)
+            axes.set_yticks(range(len(names)), ticks, fontsize=size)
+            axes.tick_params(length=0)
+            for actual, predicted in np.argwhere(np.round(100 * np.nan_to_num(shares)) >= 1):
+                share = shares[actual, predicted]
+                color = "white" if share > 0.55 else "#222222"
+                axes.text(predicted, actual, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=size)
+        if index % columns == 0:
+            axes.set_ylabel("actual class" + (" (number)" if len(names) > MANY else ""))
+        if index >= len(study.variants) - columns:
+            axes.set_xlabel("predicted class" + (" (number)" if len(names) > MANY else ""))
+    if image is not None:
+        percent = FuncFormatter(_percent)
+        bar = figure.colorbar(image, ax=panels, location="bottom", pad=0.02, shrink=0.5, aspect=30, format=percent)
+        bar.set_label("share of the actual class")
+    caption = "Per cent of each actual class, the test part, all seeds together. Shares below 0.5 % are left blank."
+    alt = f"Confusion matrices of {len(study.variants)} variants; the most confused pairs are in the table below."
+    return figure, "Confusion matrices", alt, caption
+
+
+def samples(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    names = material.card["classes"]
+    columns = 5
+    rows = max(1, -(-len(material.pictures) // columns))
+    figure = Figure(figsize=(WIDTH, 1.52 * rows + 0.2), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for (picture, number), axes in zip(material.pictures, panels.flat, strict=False):
+        shown = picture[..., 0] if picture.shape[-1] == 1 else picture
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(_short(names[number], 14), fontsize=10)
+    shown_names = ", ".join(_short(name, 30) for name in names[:20])
+    alt = f"Pictures of the training part with their class names: {shown_names}."
+    caption = "Pictures of the training part, evenly spaced over each class."
+    caption += " The first 20 classes." if len(names) > 20 else ""
+    return figure, "Sample pictures", alt, caption
+
+
+def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    names, counts = material.card["classes"], material.card["class_counts"]
+    parts = ("train", "validation", "test")
+    tall = 0.34 * len(names) if len(names) <= 40 else 4
+    figure = Figure(figsize=(WIDTH, max(2.6, 1.1 + tall)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for part, color, axes in zip(parts, COLORS[:3], panels, strict=True):
+        values = [counts[part].get(name, 0) for name in names]
+        axes.barh(range(len(names)), values, color=color, height=0.75 if len(names) <= 40 else 1)
+        axes.set_title({"train": "training"}.get(part, part))
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("pictures")
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    if len(names) <= 40:
+        panels[0].set_yticks(range(len(names)), [_short(name, 18) for name in names])
+    else:
+        panels[0].set_ylabel("class (number)")
+    low, high = min(counts["train"].values(), default=0), max(counts["train"].values(), default=0)
+    alt = f"Pictures of each class in the three parts; {low} to {high} of a class in the training part."
+    return figure, "Pictures of each class", alt, "Each part has its own scale."
+
+
+def _rows(names: Iterable[str]) -> tuple[Figure, Axes]:
+    """Axes with one row a name, the first on top."""
+    labels = [_wrap(name, 22) for name in names]
+    height = sum(max(0.42, 0.2 * (label.count("\n") + 1) + 0.1) for label in labels)
+    figure = Figure(figsize=(WIDTH, 1.3 + height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes
+
+
+def _spread(row: int, n: int) -> np.ndarray:
+    """Heights of n dots around a row, so that equal values don't hide each other."""
+    return row + (np.linspace(-0.16, 0.16, n) if n > 1 else np.zeros(n))
+
+
+def _looks(study: Params, name: str) -> dict[str, Any]:
+    """Colour, line and marker of a variant, the same in all figures; different for up to 28 variants."""
+    if name == study.study.baseline:
+        return {"color": BASELINE, "linestyle": "-", "marker": "", "linewidth": 2.6}
+    turn, index = divmod([one for one in study.variants if one != study.study.baseline].index(name), len(COLORS))
+    line = LINES[(index + turn) % len(LINES)]
+    return {"color": COLORS[index], "linestyle": line, "marker": MARKERS[index], "linewidth": 1.8}
+
+
+def _table(material: Material, name: str, key: str) -> np.ndarray:
+    """Epochs × seeds, NaN where a seed has no value."""
+    rows = material.curves[material.curves["variant"] == name]
+    if rows.empty:
+        return np.full((1, 1), np.nan)
+    return rows.pivot(index="epoch", columns="seed", values=key).to_numpy(dtype=float)
+
+
+def _is_long(material: Material) -> bool:
+    return len(material.curves) > 0 and int(material.curves["epoch"].max()) >= LONG
+
+
+def _moving_mean(values: np.ndarray) -> np.ndarray:
+    """Centred, and over fewer values towards both ends, so that a steep start is not bent."""
+    last = len(values) - 1
+    half = [min(WINDOW // 2, i, last - i) for i in range(len(values))]
+    return np.array([np.mean(values[i - reach : i + reach + 1]) for i, reach in enumerate(half)])
+
+
+def _tame(axes: Axes, losses) -> None:
+    """A logarithmic axis for losses that span more than a factor of 50, as those of a training that goes wrong do."""
+    values = np.asarray(losses, dtype=float)
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values) and values.max() > 50 * max(np.quantile(values, 0.05), 1e-3):
+        axes.set_yscale("log")
+        axes.set_ylabel(axes.get_ylabel() + " (log scale)")
+
+
+def _row_shares(counts: np.ndarray) -> np.ndarray:
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _percent(value: float, _position: int) -> str:
+    return f"{round(100 * value, 4):g} %"
+
+
+def _short(name: str, width: int) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def _wrap(name: str, width: int) -> str:
+    """A name in lines of at most `width` characters, broken after - and _ where there are any."""
+    lines = [""]
+    for word in name.replace("_", "_\0").replace("-", "-\0").split("\0"):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += word
+    pieces = [line[i : i + width] for line in lines for i in range(0, max(len(line), 1), width)]
+    return "\n".join(pieces)
+
+
+@contextmanager
+def _any_glyphs() -> Iterator[None]:
+    """A class name in a script that the font lacks is drawn as boxes, without a warning for each letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

@@ -1,0 +1,167 @@
+"""Gather what the report needs and assemble `results.json` and `timings.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ablation_lab import cell, files, statistics
+from ablation_lab.errors import LabError
+from ablation_lab.params import Params
+
+BINARY = ("precision", "recall", "roc_auc")
+
+
+@dataclass(frozen=True)
+class Material:
+    """All inputs of figures and pages.
+
+    Args:
+        results, timings: as written to results.json and timings.json.
+        steps: comparisons with `compared_with`, of the variants that have one; like a result's `delta`.
+        networks: plan/networks/<variant>.json by variant.
+        cells: evaluation/cells.json by (variant, seed).
+        curves: evaluation/curves.csv.
+        card: data/processed/card.json.
+        pictures: sample pictures (uint8) with their class numbers.
+    """
+
+    results: dict[str, Any]
+    timings: dict[str, Any]
+    steps: dict[str, dict[str, Any]]
+    networks: dict[str, dict[str, Any]]
+    cells: dict[tuple[str, int], dict[str, Any]]
+    curves: pd.DataFrame
+    card: dict[str, Any]
+    pictures: list[tuple[np.ndarray, int]]
+
+    def confusion(self, variant: str) -> np.ndarray | None:
+        """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
+        counts = [scores["confusion"] for scores in self._tests(variant)]
+        return np.sum(counts, axis=0) if counts else None
+
+    def class_scores(self, variant: str, which: str) -> np.ndarray | None:
+        """precision, recall or f1 of each class on the test part, the mean over those seeds."""
+        scores = [scores["per_class"][which] for scores in self._tests(variant)]
+        return np.mean(scores, axis=0) if scores else None
+
+    def _tests(self, variant: str) -> list[dict[str, Any]]:
+        return [cell["test"] for (name, _), cell in self.cells.items() if name == variant and cell["test"]]
+
+
+def gather(study: Params, root: Path) -> Material:
+    """Read the earlier stages' results and compare the variants."""
+    networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
+    card = files.read_json(root / "data/processed/card.json")
+    listed = files.read_json(root / "evaluation/cells.json")
+    cells = {(cell["variant"], cell["seed"]): cell for cell in listed}
+    lacking = [f"{name}-{seed}" for name, seed in study.cells if (name, seed) not in cells]
+    if lacking:
+        raise LabError(
+            f"{root / 'evaluation/cells.json'}: Expected all cells of the study. Found: none of {', '.join(lacking)}. "
+            "Run `dvc repro`."
+        )
+    try:
+        flags = np.load(root / "evaluation/correct.npy")
+        curves = pd.read_csv(root / "evaluation/curves.csv")
+    except FileNotFoundError as error:
+        raise LabError(
+            f"{error.filename}: Expected a result of the stage evaluate. Found: no such file. Run `dvc repro`."
+        ) from None
+    right: dict[str, dict[int, np.ndarray | None]] = {name: {} for name in study.variants}
+    for row, scored in enumerate(listed):
+        if scored["variant"] in right and scored["seed"] in study.seeds:
+            right[scored["variant"]][scored["seed"]] = flags[row] if scored["test"] else None
+
+    baseline = study.study.baseline
+    deltas = statistics.compare(right, {name: baseline for name in study.variants if name != baseline})
+    references = {name: variant.compared_with for name, variant in study.variants.items() if variant.compared_with}
+    none = {"mean": None, "ci95": None, "p_adjusted": None, "verdict": None}
+    variants = {}
+    for name, variant in study.variants.items():
+        shown = {str(seed): _cell(cells[name, seed]) for seed in study.seeds}
+        variants[name] = {
+            "parameters": networks[name]["parameters"],
+            "macs": networks[name]["macs"],
+            "differences": networks[name]["differences"],
+            "reported": variant.reported,
+            "cells": shown,
+            "test_accuracy": statistics.summarize([cell["test_accuracy"] for cell in shown.values()]),
+            "delta": deltas.get(name, none),
+        }
+    results = {
+        "study": study.study.name,
+        "baseline": baseline,
+        "data": {key: card[key] for key in ("name", "classes", "counts", "digest")},
+        "variants": variants,
+    }
+    return Material(
+        results,
+        _timings(study, root),
+        statistics.compare(right, references),
+        networks,
+        cells,
+        curves,
+        card,
+        _pictures(root / "data/processed", card),
+    )
+
+
+def _cell(cell: dict[str, Any]) -> dict[str, Any]:
+    validation, test = cell["validation"] or {}, cell["test"] or {}
+    kept = {key: cell[key] for key in ("status", "cell_hash", "epochs", "best_epoch", "train_accuracy")}
+    if cell["status"] == "diverged":
+        kept["train_accuracy"] = None
+    kept |= {"validation_accuracy": validation.get("accuracy"), "test_accuracy": test.get("accuracy")}
+    kept |= {"test_loss": test.get("loss"), "macro_f1": test.get("macro_f1")}
+    return kept | {key: test[key] for key in BINARY if key in test}
+
+
+def _timings(study: Params, root: Path) -> dict[str, Any]:
+    """Seconds of each cell; of a variant the mean over its cells. `total_seconds` is one whole training."""
+    timings: dict[str, Any] = {}
+    for name in study.variants:
+        cells = {}
+        for seed in study.seeds:
+            measured = files.read_json(cell.folder(name, seed, root) / cell.TIMING)
+            epochs = measured["epoch_seconds"]
+            cells[str(seed)] = {
+                "seconds_per_epoch": float(np.mean(epochs)) if epochs else None,
+                "total_seconds": measured["total_seconds"],
+                "device": measured["device"],
+                "threads": measured["threads"],
+            }
+        timings[name] = {
+            "seconds_per_epoch": _mean([cell["seconds_per_epoch"] for cell in cells.values()]),
+            "total_seconds": _mean([cell["total_seconds"] for cell in cells.values()]),
+            "device": ", ".join(sorted({str(cell["device"]) for cell in cells.values()})),
+            "threads": sorted({cell["threads"] for cell in cells.values()}),
+            "cells": cells,
+        }
+    return {"study": study.study.name, "variants": timings}
+
+
+def _mean(values: list) -> float | None:
+    """None where there is nothing to take a mean of, or where one value is missing."""
+    return None if not values or None in values else float(np.mean(values))
+
+
+def _pictures(folder: Path, card: dict[str, Any]) -> list[tuple[np.ndarray, int]]:
+    """Pictures of the training part: the same number of each class, evenly spaced over the part, at most 20 classes."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels, train = np.load(folder / "labels.npy"), np.load(folder / "train.npy")
+    except FileNotFoundError as error:
+        raise LabError(
+            f"{error.filename}: Expected the processed data. Found: no such file. Run `dvc repro`."
+        ) from None
+    numbers = range(min(len(card["classes"]), 20))
+    each = max(1, 20 // len(numbers))
+    chosen = []
+    for number in numbers:
+        members = train[labels[train] == number]
+        places = np.unique(np.linspace(0, len(members) - 1, min(each, len(members))).astype(int))
+        chosen += [(np.array(images[index]), number) for index in members[places]]
+    return chosen

@@ -1,0 +1,14 @@
+"""`evaluation/`, plan and data card → `reports/`: results, figures, Markdown, HTML."""
+
+from ablation_lab import errors, params
+from ablation_lab.report import write_report
+
+
+def main() -> None:
+    print(write_report(params.load()))
+    print("\nReport: reports/report.html")
+
+
+if __name__ == "__main__":
+    with errors.explained():
+        main()

@@ -1,0 +1,228 @@
+import itertools
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import fabricate
+import pytest
+
+from ablation_lab import evaluation
+from ablation_lab.errors import LabError
+from ablation_lab.report import figures, pages, write_report
+
+NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
+VOID = {"meta", "img", "br", "wbr"}
+FIGURES = {"accuracy", "difference", "curves", "train_validation", "confusions", "samples", "histogram"}
+
+
+def make(root, study, **data):
+    fabricate.write(root, study, **data)
+    evaluation.evaluate(study, root)
+    return write_report(study, root)
+
+
+def reports(root):
+    folder = root / "reports"
+    html, markdown = ((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    return json.loads((folder / "results.json").read_text()), html, markdown
+
+
+class Page(HTMLParser):
+    """Collects tags, checks that they nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def markdown_tables(text):
+    """Number of columns of each row of each table, told by unescaped bars."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    return [{len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()} for block in blocks]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """A study of three variants and three seeds, reported."""
+    root = tmp_path_factory.mktemp("usual")
+    study = fabricate.study(no_dropout={"test_accuracy": 0.7286, "seconds": 298.71, "epochs": 200})
+    text = make(root, study, skill={"big_pool": 1.5}, lints=["the last block is never reached"])
+    return root, study, text
+
+
+def test_results_keep_the_contract(usual):
+    results, _, _ = reports(usual[0])
+    assert list(results) == ["study", "baseline", "data", "variants"]
+    assert set(results["data"]) == {"name", "classes", "counts", "digest"}
+    assert list(results["variants"]) == ["baseline", "no_dropout", "big_pool"]
+    for variant in results["variants"].values():
+        keys = {"parameters", "macs", "differences", "reported", "cells", "test_accuracy", "delta"}
+        assert set(variant) == keys
+        assert list(variant["cells"]) == ["0", "1", "2"]
+        keys = {"status", "cell_hash", "epochs", "best_epoch", "train_accuracy", "validation_accuracy", "test_accuracy"}
+        assert all(set(cell) == keys | {"test_loss", "macro_f1"} for cell in variant["cells"].values())
+        assert set(variant["test_accuracy"]) == {"mean", "std", "ci95"}
+        assert set(variant["delta"]) == {"mean", "ci95", "p_adjusted", "verdict"}
+    assert set(results["variants"]["baseline"]["delta"].values()) == {None}
+    assert results["variants"]["big_pool"]["delta"]["verdict"] == "worse"
+    assert results["variants"]["no_dropout"]["reported"] == {"test_accuracy": 0.7286, "seconds": 298.71, "epochs": 200}
+    assert results["variants"]["no_dropout"]["differences"] == [
+        {"path": "model.dropout", "baseline": 0.5, "variant": 0.01}
+    ]
+
+
+def test_timings_are_apart(usual):
+    timings = json.loads((usual[0] / "reports/timings.json").read_text())
+    cell = {"seconds_per_epoch": 0.5, "total_seconds": 3.0, "device": "CPU", "threads": 1}
+    assert timings["variants"]["big_pool"]["cells"]["2"] == cell
+    assert timings["variants"]["big_pool"]["seconds_per_epoch"] == 0.5
+    assert "seconds" not in (usual[0] / "reports/results.json").read_text().replace('"seconds": 298.71', "")
+
+
+def test_html_is_one_file_that_nests_and_is_accessible(usual):
+    _, html, _ = reports(usual[0])
+    page = Page(html)
+    sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
+    assert len(sources) == len(FIGURES) and all(one.startswith("data:image/png;base64,") for one in sources)
+    assert all(attributes["href"].startswith("#") for _, attributes in page.tags if "href" in attributes)
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]+", "", html))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in page.tags if tag == "th")
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(headings))
+
+
+def test_both_pages_say_what_was_found(usual):
+    results, html, markdown = reports(usual[0])
+    words = "".join(Page(html).words)
+    delta = results["variants"]["big_pool"]["delta"]
+    low = f"{100 * delta['ci95'][0]:.1f}".replace("-", "−")
+    for text in (words, markdown):
+        assert "What does dropout do?" in text and "A second paragraph." in text
+        assert f"{-100 * delta['mean']:.1f} points lower (95 % interval {low}" in text
+        assert "the last block is never reached" in text
+        assert "72.9\xa0%" in text and "299" in text and "model.dropout" in text
+        assert "count the chance of training only" in text
+        assert "QUICK" not in text
+
+
+def test_markdown_links_its_figures_and_tables_are_whole(usual):
+    _, _, markdown = reports(usual[0])
+    linked = re.findall(r"\]\(figures/(\w+)\.png\)", markdown)
+    assert set(linked) == FIGURES == {path.stem for path in (usual[0] / "reports/figures").iterdir()}
+    tables = markdown_tables(markdown)
+    assert len(tables) >= 8 and all(len(columns) == 1 for columns in tables)
+
+
+def test_text_table_is_for_a_terminal(usual):
+    lines = usual[2].splitlines()
+    assert lines[0].startswith("Variant") and len(lines) == 5
+    assert "worse" in lines[-1] and "big_pool" in lines[-1]
+
+
+def test_the_same_bytes_twice(usual):
+    root, study, _ = usual
+    once = {path: path.read_bytes() for path in (root / "reports").rglob("*") if path.is_file()}
+    write_report(study, root)
+    assert once == {path: path.read_bytes() for path in (root / "reports").rglob("*") if path.is_file()}
+
+
+def test_names_are_never_trusted(tmp_path):
+    study = fabricate.study(("baseline", "other"), seeds=(0, 1), quick=True)
+    make(tmp_path, study, classes=NASTY, pictures=60, lints=["<b>bold</b> | `x`"])
+    _, html, markdown = reports(tmp_path)
+    page = Page(html)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "b2")]
+    assert "<b>bold" not in html and "<script" not in html and "<script" not in markdown
+    assert "<b>" not in markdown and r"\| \`x\`" in markdown
+    assert all(len(columns) == 1 for columns in markdown_tables(markdown))
+    assert html.count(figures.QUICK) > 10 and markdown.count(figures.QUICK) > 10
+
+
+def test_one_variant_with_one_seed(tmp_path):
+    text = make(tmp_path, fabricate.study(("baseline",), seeds=(7,)), classes=2, epochs=1, pictures=40)
+    results, html, markdown = reports(tmp_path)
+    cell = results["variants"]["baseline"]["cells"]["7"]
+    assert {"precision", "recall", "roc_auc"} <= set(cell)
+    assert results["variants"]["baseline"]["test_accuracy"]["ci95"] is None
+    assert "One seed was trained" in html and "ROC AUC" in markdown and "baseline" in text
+
+
+def test_everything_diverged(tmp_path):
+    study = fabricate.study(("baseline", "other"), seeds=(0, 1))
+    make(tmp_path, study, classes=3, pictures=30, diverged=study.cells)
+    results, html, _ = reports(tmp_path)
+    assert results["variants"]["other"]["delta"]["verdict"] == "diverged"
+    assert results["variants"]["other"]["test_accuracy"] == {"mean": None, "std": None, "ci95": None}
+    assert "The baseline diverged, so nothing can be compared with it." in html
+    assert "training diverged in 2 of 2 seeds (0, 1)" in html
+
+
+def test_a_hundred_classes_and_a_step_by_step_study(tmp_path):
+    study = fabricate.study(("baseline", "wide", "deep"), seeds=(0, 1))
+    object.__setattr__(study.variants["deep"], "compared_with", "wide")
+    make(tmp_path, study, classes=100, pictures=200)
+    _, html, markdown = reports(tmp_path)
+    assert "Step by step" in html and "| deep | wide | model.dropout: 0.01 → 0.02 | +1,000 |" in markdown
+    assert "The 20 classes of 100 with the lowest mean" in html
+
+
+def test_missing_results_are_named(tmp_path):
+    study = fabricate.study(seeds=(0,))
+    fabricate.write(tmp_path, study)
+    with pytest.raises(LabError, match=r"evaluation/cells\.json: .*Found: no such folder\. Run `dvc repro`"):
+        write_report(study, tmp_path)
+    evaluation.evaluate(study, tmp_path)
+    with pytest.raises(LabError, match=r"Expected all cells of the study\. Found: none of baseline-1"):
+        write_report(fabricate.study(seeds=(0, 1)), tmp_path)
+    (tmp_path / "evaluation/correct.npy").unlink()
+    with pytest.raises(LabError, match=r"correct\.npy: .*Run `dvc repro`"):
+        write_report(study, tmp_path)
+
+
+def test_escape_markdown_leaves_names_of_variants_readable():
+    assert pages.escape_markdown("no_dropout") == "no_dropout"
+    assert pages.escape_markdown("_x_ <b>|`") == r"\_x\_ &lt;b&gt;\|\`"
+
+
+def test_stages_run_from_the_root(tmp_path):
+    raw = {
+        "study": {"name": "tiny"},
+        "data": {"dataset": "digits", "path": None},
+        "input": {},
+        "model": {"builder": "mlp", "head": {"dense1": {"units": 4}}},
+        "train": {},
+        "seeds": [0],
+        "variants": {"baseline": {}, "wide": {"model": {"head": {"dense1": {"units": 8}}}}},
+    }
+    fabricate.write(tmp_path, fabricate.study(("baseline", "wide"), seeds=(0,)), classes=3, pictures=30)
+    fabricate.params_yaml(tmp_path, raw)
+    code = (
+        "import sys; from stages import evaluate, report; evaluate.main(); report.main();"
+        "print([name for name in ('tensorflow', 'keras', 'mlflow') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin", "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Report: reports/report.html" in done.stdout and "wide" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
