@@ -1,0 +1,90 @@
+"""What tests share: a copy of the project in a folder of its own, and commands run in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (
+    "dvc.yaml",
+    "stages",
+    "src",
+    "studies",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvc/plots",
+    ".dvcignore",
+    ".gitignore",
+)
+
+# A study that trains in seconds: real pictures, real training, one epoch of few steps.
+TINY = {
+    "study": {"name": "tiny", "title": "A tiny study", "baseline": "baseline"},
+    "data": {"dataset": "digits", "path": None, "limit": 12, "split": {"validation": 0.2, "test": 0.2, "seed": 0}},
+    "input": {"rescale": "unit"},
+    "model": {
+        "builder": "cnn",
+        "dropout": 0.25,
+        "blocks": {"block1": {"filters": 2}},
+        "head": {"dense1": {"units": 4}},
+    },
+    "train": {"epochs": 2, "batch_size": 32, "optimizer": {"name": "adam", "learning_rate": 0.01}},
+    "seeds": [0, 1],
+    "variants": {"baseline": {}, "no_dropout": {"model": {"dropout": 0}}},
+}
+
+
+def write_params(folder: Path, study: dict) -> None:
+    """Make a study the params.yaml of a folder; the order of keys is kept."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.sort_base_mapping_type_on_output = False
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(study, file)
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment (`dvc`, `ablab`, `git`, `python`) in a folder."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    clean |= {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder / "src"), "ABLAB_CACHE": str(folder.parent / "cache")}
+    return subprocess.run(
+        command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> str:
+    """The output of a command that must have ended well."""
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A fresh clone of the project with the tiny study committed."""
+    return new_project(tmp_path / "project")
+
+
+def new_project(folder: Path) -> Path:
+    """Copy the code as it is in the working tree into a git repository of its own."""
+    for name in CODE:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copyfile(source, target)
+    write_params(folder, TINY)
+    for command in (
+        ("git", "init", "--quiet"),
+        ("git", "config", "user.name", "test"),
+        ("git", "config", "user.email", "test@example.org"),
+        ("git", "add", "--all"),
+        ("git", "commit", "--quiet", "--message", "start"),
+    ):
+        passed(run(folder, *command))
+    return folder
