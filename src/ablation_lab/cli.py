@@ -1,0 +1,142 @@
+"""The `ablab` command. Each command imports what it needs when it is called: TensorFlow takes seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tabulate import tabulate
+
+from ablation_lab import errors, files, params
+from ablation_lab.errors import LabError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ablation studies of image classifiers. The pipeline itself is run by `dvc repro`.",
+)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's ends in a message, not a traceback."""
+    with errors.explained(exit_status=2 if "plan" in sys.argv[1:2] else 1):
+        app()
+
+
+@app.command()
+def studies() -> None:
+    """List the ready-made studies."""
+    rows = []
+    for path in sorted((files.root() / "studies").glob("*.yaml")):
+        study = params.load(path)
+        rows.append([path.stem, study.study.title, study.data.dataset, len(study.variants), len(study.cells)])
+    print(tabulate(rows, headers=["study", "title", "data", "variants", "cells"]))
+    print("\nMake one current with `ablab use STUDY`, then run `dvc repro`.")
+
+
+@app.command()
+def use(
+    study: Annotated[str, typer.Argument(help="A name that `ablab studies` lists, or a path of a study file.")],
+    force: Annotated[bool, typer.Option("--force", help="Drop edits of params.yaml that are not committed.")] = False,
+) -> None:
+    """Make a study the current params.yaml."""
+    root = files.root()
+    known = {path.stem: path for path in sorted((root / "studies").glob("*.yaml"))}
+    source = known.get(study, Path(study))
+    if not source.is_file():
+        raise LabError(f"ablab use: Expected one of {', '.join(known)}, or a study's file. Found: {study}.")
+    params.load(source)
+    current = root / "params.yaml"
+    if current.exists() and not force and _has_edits(current, list(known.values())):
+        raise LabError(
+            "params.yaml has edits that are not committed. Commit them (`git commit params.yaml`), "
+            f"or drop them with `ablab use {study} --force`."
+        )
+    shutil.copyfile(source, current)
+    print(f"params.yaml is now {source.stem}. See what it would train with `ablab plan`, run it with `dvc repro`.")
+
+
+def _has_edits(current: Path, known: list[Path]) -> bool:
+    if any(current.read_bytes() == path.read_bytes() for path in known):
+        return False
+    git = subprocess.run(["git", "show", "HEAD:./params.yaml"], cwd=current.parent, capture_output=True, check=False)
+    return git.returncode != 0 or git.stdout != current.read_bytes()
+
+
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Option("--params", help="A study's file; the current one by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What would be trained and why, sizes, differences, warnings, minutes. Trains nothing."""
+    from ablation_lab import plan as planning
+
+    root = files.root()
+    study = params.load(file or root / "params.yaml")
+    image_shape, classes, pictures, data_digest = planning.pictures(study, root)
+    described = planning.describe(study, image_shape, classes)
+    if as_json:
+        print(json.dumps(planning.as_json(study, described), indent=1, ensure_ascii=False))
+        return
+    reasons = planning.reasons(study, described, data_digest, root)
+    minutes = planning.minutes(study, described, pictures, root)
+    print(planning.table(study, described, reasons, minutes))
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any size and format that Pillow reads.")],
+    variant: Annotated[str, typer.Option("--variant", help="The variant whose network predicts.")],
+    seed: Annotated[int | None, typer.Option("--seed", help="The study's first seed by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Class probabilities of pictures."""
+    from ablation_lab import prediction
+
+    found = prediction.predict(variant, seed, images, files.root())
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for one in found:
+        best = sorted(one["probabilities"].items(), key=lambda item: -item[1])[:3]
+        print(f"{one['image']}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
+
+
+@app.command()
+def sync() -> None:
+    """Make MLflow agree with DVC's files."""
+    from ablation_lab import sync as syncing
+
+    receipt = syncing.sync(files.root())
+    print(f"{len(receipt)} cells are in MLflow")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+    """Open the MLflow UI on this study's store, at 127.0.0.1."""
+    from ablation_lab import tracking
+
+    tracking.open_store(params.load(files.root() / "params.yaml").study.name)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri()]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Without the job runner two processes serve the page instead of ten.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    print(f"http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    os.execvpe(command[0], command, environment)  # Ctrl-C and signals go to the server itself
+
+
+@app.command()
+def quick() -> None:
+    """Run the whole current study on a sliver of data for one epoch, in the folder quick/: does everything work?"""
+    from ablation_lab import quick as quick_check
+
+    sys.exit(quick_check.run(files.root()))
+
+
+if __name__ == "__main__":
+    main()

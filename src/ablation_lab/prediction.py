@@ -1,0 +1,59 @@
+"""Class probabilities of a user's own pictures, by the network of a trained cell."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ablation_lab import cell, files, params, preprocess
+from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
+
+
+def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> list[dict[str, Any]]:
+    """Predict pictures of any size; they are decoded and resized as the study's own were.
+
+    Args:
+        variant: a variant of the current study.
+        seed: one of the study's seeds; None takes the first.
+
+    Returns:
+        For each picture `image`, `variant`, `seed`, `label` (the most probable class) and `probabilities` by class.
+
+    Raises:
+        LabError: for an unknown variant or seed, a cell that is not trained, a picture that can't be read.
+    """
+    study = params.load(root / "params.yaml")
+    seed = study.seeds[0] if seed is None else seed
+    if variant not in study.variants:
+        raise LabError(f"--variant: Expected one of {', '.join(study.variants)}. Found: {variant}.")
+    if seed not in study.seeds:
+        raise LabError(f"--seed: Expected one of {', '.join(map(str, study.seeds))}. Found: {seed}.")
+    card = files.read_json(root / "data" / "processed" / "card.json")
+    pictures = [_read(path, study.data, card) for path in images]
+    network = load(cell.folder(variant, seed, root))
+    found = []
+    for path, picture in zip(images, pictures, strict=True):
+        probabilities = network.predict(picture[np.newaxis], verbose=0)[0].astype(float)
+        by_class = dict(zip(card["classes"], probabilities.tolist(), strict=True))
+        label = card["classes"][int(probabilities.argmax())]
+        found.append({"image": str(path), "variant": variant, "seed": seed, "label": label, "probabilities": by_class})
+    return found
+
+
+def load(folder: Path) -> keras.Model:
+    """The network of a finished cell, with its weights."""
+    files.read_json(folder / cell.RESULT)
+    network = keras.models.model_from_json((folder / cell.ARCHITECTURE).read_text(encoding="utf-8"))
+    network.load_weights(folder / cell.WEIGHTS)
+    return network
+
+
+def _read(path: Path, data: params.Data, card: dict[str, Any]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            height, width, channels = card["image_shape"]
+            return preprocess.prepare(image, [height, width], "grayscale" if channels == 1 else "rgb", data.resize)
+    except preprocess.UNREADABLE as error:
+        raise LabError(f"{path}: Expected a picture that Pillow can read. Found: {error}") from None

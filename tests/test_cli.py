@@ -1,0 +1,141 @@
+"""The `ablab` command, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, new_project, passed, run, write_params
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return new_project(tmp_path_factory.mktemp("cli") / "project")
+
+
+def test_studies_lists_the_ready_made_ones(folder: Path):
+    output = passed(run(folder, "ablab", "studies"))
+    assert "quickstart" in output
+    assert "fashion_layers" in output
+
+
+def test_use_switches_and_refuses_to_drop_edits(folder: Path):
+    passed(run(folder, "ablab", "use", "quickstart"))
+    assert (folder / "params.yaml").read_bytes() == (folder / "studies/quickstart.yaml").read_bytes()
+    passed(run(folder, "ablab", "use", "fashion_layers"))  # a ready-made study is no edit
+
+    write_params(folder, TINY | {"seeds": [5]})
+    edited = (folder / "params.yaml").read_bytes()
+    refused = run(folder, "ablab", "use", "quickstart")
+    assert refused.returncode == 1
+    assert "params.yaml has edits that are not committed" in refused.stderr
+    assert (folder / "params.yaml").read_bytes() == edited
+    passed(run(folder, "ablab", "use", "quickstart", "--force"))
+
+    unknown = run(folder, "ablab", "use", "quickstrat")
+    assert unknown.returncode == 1
+    assert "Expected one of fashion_layers, quickstart" in unknown.stderr
+    write_params(folder, TINY)
+
+
+def test_plan_in_json_needs_no_data(folder: Path):
+    done = run(folder, "ablab", "plan", "--json")
+    planned = json.loads(passed(done))
+    assert (planned["study"], planned["baseline"]) == ("tiny", "baseline")
+    assert planned["cells"] == ["baseline-0", "baseline-1", "no_dropout-0", "no_dropout-1"]
+    facts = planned["variants"]["no_dropout"]
+    assert facts["differences"] == [{"path": "model.dropout", "baseline": 0.25, "variant": 0.0}]
+    assert facts["parameters"] == sum(layer["parameters"] for layer in facts["layers"])
+    assert set(facts) == {
+        *("parameters", "trainable_parameters", "macs", "differences", "layers", "lints", "plan_hash"),
+    }
+    assert not (folder / "data").exists()
+
+
+def test_plan_for_people_and_from_a_folder_below(folder: Path):
+    output = passed(run(folder / "studies", "ablab", "plan", PYTHONPATH=str(folder / "src")))
+    assert "model.dropout: 0.25 → 0.0" in output
+    assert "4 of 4 cells to train" in output
+
+
+def test_a_plan_that_cannot_be_trained_ends_with_status_2(folder: Path, tmp_path: Path):
+    write_params(tmp_path, TINY | {"seeds": []})
+    done = run(folder, "ablab", "plan", "--params", str(tmp_path / "params.yaml"), "--json")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "seeds: Expected at least 1 item" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_needs_a_trained_cell_then_predicts_pictures_of_any_size(folder: Path, tmp_path: Path):
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(picture)
+    early = run(folder, "ablab", "predict", "--variant", "baseline", str(picture))
+    assert early.returncode == 1
+    assert "Run `dvc repro` to make it." in early.stderr
+
+    passed(run(folder, "dvc", "repro", "train@baseline-0"))
+    output = passed(run(folder, "ablab", "predict", "--variant", "baseline", "--json", str(picture), str(picture)))
+    first, second = json.loads(output)
+    assert first == second
+    assert (first["image"], first["variant"], first["seed"]) == (str(picture), "baseline", 0)
+    assert list(first["probabilities"]) == [str(digit) for digit in range(10)]
+    assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert first["label"] == max(first["probabilities"], key=first["probabilities"].get)
+    assert f"{picture}: {first['label']} " in passed(
+        run(folder, "ablab", "predict", "--variant", "baseline", str(picture))
+    )
+
+    for arguments, message in (
+        (["--variant", "basline", str(picture)], "--variant: Expected one of baseline, no_dropout. Found: basline."),
+        (["--variant", "baseline", "--seed", "9", str(picture)], "--seed: Expected one of 0, 1. Found: 9."),
+        (["--variant", "baseline", __file__], "Expected a picture that Pillow can read."),
+        (["--variant", "baseline", "nowhere.png"], "nowhere.png: Expected a picture"),
+    ):
+        done = run(folder, "ablab", "predict", *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+
+
+def test_ui_serves_the_studys_store_on_the_loopback_address(folder: Path):
+    port = 5731
+    command = [str(Path(sys.executable).parent / "ablab"), "ui", "--port", str(port)]
+    server = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == f"http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                search = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=tiny"
+                with urllib.request.urlopen(search, timeout=5) as answer:
+                    assert json.load(answer)["experiment"]["name"] == "tiny"
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "the UI did not answer"
+                time.sleep(0.5)
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
+        server.communicate(timeout=30)
+    assert (folder / "mlruns/mlflow.db").exists()
+
+
+def test_quick_runs_the_whole_study_beside_it_and_says_so(folder: Path):
+    output = passed(run(folder, "ablab", "quick"))
+    assert "Everything works." in output
+    assert not (folder / "reports").exists()
+    quick = folder / "quick"
+    results = json.loads((quick / "reports/results.json").read_text())
+    assert results["study"] == "tiny-quick"
+    assert list(results["variants"]) == ["baseline", "no_dropout"]
+    for page in ("report.html", "report.md"):
+        assert "QUICK CHECK" in (quick / "reports" / page).read_text()
