@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
-from ablation_lab import errors, files, params, plan
+from ablation_lab import backend, errors, files, params, plan
 
 
 def main() -> None:
     study = params.load()
+    backend.use_cpu_only()
     card = files.read_json(Path("data/processed/card.json"))
     described = plan.describe(study, tuple(card["image_shape"]), len(card["classes"]))
     plan.write(study, described)

@@ -71,7 +71,7 @@ def write(root: Path, made: params.Params, classes=10, pictures=200, epochs=6, s
                 },
             ],
             "lints": list(lints) if name == list(made.variants)[-1] else [],
-            "plan_hash": f"{number:064x}",
+            "plan_hash": params.digest(name),
         }
         _json(root / f"plan/networks/{name}.json", plan)
         for seed in made.seeds:
@@ -136,7 +136,7 @@ def cell(root: Path, name: str, seed: int, classes: int, pictures: int, epochs: 
     fit = {
         "status": "diverged" if diverged else "ok",
         "cell_hash": f"{seed:064x}",
-        "plan_hash": "0" * 64,
+        "plan_hash": params.digest(name),
         "epochs": epochs,
         "best_epoch": None if diverged else epochs - 1,
         "train_accuracy": None if diverged else 0.97,

@@ -475,7 +475,7 @@ def test_damaged_raw_file(tmp_path):
 def test_stages(tmp_path):
     study = tmp_path / "params.yaml"
     study.write_text(
-        "study: {name: tiny}\ndata: {dataset: digits, path: null, split: {test: 0.2}}\n"
+        "study: {name: tiny, baseline: baseline}\ndata: {dataset: digits, path: null, split: {test: 0.2}}\n"
         "input: {}\nmodel: {builder: mlp}\ntrain: {}\nseeds: [0]\nvariants: {baseline: {}}\n"
     )
 

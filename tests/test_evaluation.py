@@ -121,6 +121,15 @@ def test_a_missing_file_is_named(tmp_path, name):
         evaluation.evaluate(study, tmp_path)
 
 
+def test_a_cell_of_another_plan_is_refused(tmp_path):
+    study = fabricate.study()
+    fabricate.write(tmp_path, study)
+    result = tmp_path / "cells/big_pool/seed-2/cell.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"plan_hash": "another"}))
+    with pytest.raises(LabError, match=r"big_pool/seed-2: Expected the cell of today's plan\. Found: another plan's"):
+        evaluation.evaluate(study, tmp_path)
+
+
 def test_predictions_that_do_not_fit_are_refused(tmp_path):
     study = fabricate.study(seeds=(0,))
     fabricate.write(tmp_path, study)

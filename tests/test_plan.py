@@ -58,6 +58,48 @@ def test_what_does_not_fit_names_variant_and_layer_all_at_once():
     assert "variants.typo: train.optimizer.name: Expected a Keras optimizer. Found: adm." in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ({"model": {"head": {"features": {"units": 3}}}}, "Expected a name of its own for each block and head layer."),
+        ({"train": {"optimizer": {"beta_1": float("nan")}}}, "Found: Out of range float values are not JSON compliant"),
+        ({"train": {"optimizer": {"clipnorm": "x"}}}, "variants.bad: "),
+        ({"train": {"loss": "ctc"}}, "variants.bad: "),
+        ({"model": {"initializer": "constant"}}, "variants.bad: "),
+        (
+            {"input": {"augment": {"RandomCrop": {"height": 4, "width": 4}}}},
+            "variants.bad: input.augment.RandomCrop: Expected pictures of the same shape. Found: 4×4×1.",
+        ),
+        ({"input": {"augment": {"RandomRotation": {"factor": 0.1, "interpolation": "xx"}}}}, "variants.bad: "),
+    ],
+)
+def test_what_would_stop_a_training_stops_the_plan(patch, message):
+    with pytest.raises(LabError) as caught:
+        describe(study_with(bad=patch))
+    assert message in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_an_integer_will_do_where_keras_wants_a_float():
+    describe(study_with(plain={"train": {"optimizer": {"name": "SGD", "momentum": 0}}}))
+
+
+def test_a_plan_is_not_made_from_the_card_of_other_data(tmp_path):
+    study = study_with()
+    processed = tmp_path / "data/processed"
+    processed.mkdir(parents=True)
+    card = {"image_shape": [8, 8, 1], "classes": ["a", "b"], "counts": {"train": 7}, "digest": "d"}
+    (processed / "card.json").write_text(json.dumps(card))
+    (processed / "settings.json").write_text(json.dumps(study.data.model_dump()))
+    assert plan.pictures(study, tmp_path) == ((8, 8, 1), 2, 7, "d")
+    (processed / "settings.json").write_text(json.dumps(study.data.model_dump() | {"limit": 13}))
+    assert plan.pictures(study, tmp_path)[3] is None
+    own = copy.deepcopy(TINY)
+    own["data"] |= {"dataset": "image_folder", "path": "nowhere"}
+    with pytest.raises(LabError, match="Run `dvc repro preprocess` first"):
+        plan.pictures(params.validate(own), tmp_path)
+
+
 def test_variants_that_are_the_same_training_are_told():
     study = study_with(
         here={"model": {"blocks": {"block1": {"dropout": 0}}}},  # in other words, what no_dropout is

@@ -70,7 +70,7 @@ def two_classes(count=4, **pictures):
 def test_files_are_as_promised(raw_digits, tmp_path):
     preprocess.preprocess(digits(), raw_digits, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == [
-        *("card.json", "images.npy", "labels.npy", "test.npy", "train.npy", "validation.npy")
+        *("card.json", "images.npy", "labels.npy", "settings.json", "test.npy", "train.npy", "validation.npy")
     ]
     files = arrays(tmp_path / "out")
     assert (files["images"].dtype, files["images"].shape) == (np.uint8, (1797, 8, 8, 1))

@@ -205,7 +205,7 @@ def test_escape_markdown_leaves_names_of_variants_readable():
 
 def test_stages_run_from_the_root(tmp_path):
     raw = {
-        "study": {"name": "tiny"},
+        "study": {"name": "tiny", "baseline": "baseline"},
         "data": {"dataset": "digits", "path": None},
         "input": {},
         "model": {"builder": "mlp", "head": {"dense1": {"units": 4}}},

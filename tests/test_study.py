@@ -178,11 +178,14 @@ def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Pat
         (("model", "droput"), 0, "Did you mean dropout?"),
         (("train", "optimizer", "name"), "adm", "Expected a Keras optimizer. Found: adm. Did you mean adam?"),
         (("model", "pool"), 20, "variants.baseline: layer block1_pool (MaxPooling2D) does not fit"),
+        (("study", "titel"), "x", "study.titel: Expected one of the keys name, title"),
         (("data", "dataset"), "image_folder", "data.path: Expected a folder or an archive"),
     ],
 )
 def test_a_mistake_ends_with_a_message_and_leaves_the_results(project: Path, study: dict, path, value, message):
-    before = {file: file.read_bytes() for name in ("cells", "reports") for file in (project / name).rglob("*.*")}
+    before = {
+        file: file.read_bytes() for name in ("cells", "evaluation", "reports") for file in (project / name).rglob("*.*")
+    }
     place = study
     for key in path[:-1]:
         place = place[key]

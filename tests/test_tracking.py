@@ -1,11 +1,15 @@
 import multiprocessing
 import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 
 import pytest
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
 
 from ablation_lab import tracking
+from ablation_lab.errors import LabError
 
 PLAN = {
     "input": {"rescale": "unit", "augment": {}},
@@ -101,6 +105,32 @@ def test_a_store_that_does_not_work_is_told_and_stops_nothing(tmp_path, monkeypa
     with tracking.cell_run(identity()) as run:
         run.epoch(HISTORY[0])
     assert "warning: MLflow does not take variant-0: " in capsys.readouterr().err
+
+
+def test_sync_says_when_the_store_does_not_take_it(store, tmp_path, capsys):
+    tracking.open_store("study")
+    with closing(sqlite3.connect(tmp_path / "mlruns/mlflow.db")) as connection:
+        connection.execute("DROP TABLE tags")
+        connection.commit()
+    with pytest.raises(LabError, match=r"Expected MLflow's store\. Found: "):
+        tracking.sync(identity(), HISTORY, FINAL)
+    (tmp_path / "mlruns/mlflow.db").write_text("no database")
+    with pytest.raises(LabError, match=r"Expected MLflow's store\. Found: "):
+        tracking.close_orphans("study")
+
+
+def test_a_run_whose_process_is_gone_is_closed_with_its_epoch(store):
+    gone, alive = tracking.CellRun(identity(0)), tracking.CellRun(identity(1))
+    for run in (gone, alive):
+        run.start()
+        run.epoch(HISTORY[0])
+    finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone.tag({"ablab.pid": finished.stdout.strip()})
+    tracking.close_orphans("study")
+    found = {run.info.run_name: run for run in store()}
+    assert found["variant-0"].info.status == "KILLED"
+    assert found["variant-0"].data.tags["ablab.reason"] == "the process ended after epoch 1"
+    assert found["variant-1"].info.status == "RUNNING"
 
 
 def _train(seed: int) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import one_thread  # noqa: F401
 import pandas as pd
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY, passed, run
 
-from ablation_lab import cell, params, prediction, preprocess, training
+from ablation_lab import cell, models, params, preprocess, training
 from ablation_lab.datasets import digits
 
 STEADY = [cell.ARCHITECTURE, cell.HISTORY, cell.PREDICTIONS, cell.WEIGHTS]
@@ -36,6 +36,7 @@ def plan_of(**sections) -> dict:
 def train(data: Path, out: Path, seed: int = 0, **sections):
     """Train a cell; returns the network, the result, and the rows reported after each epoch."""
     rows: list[dict] = []
+    out.mkdir(exist_ok=True)
     network, result = training.train(plan_of(**sections), seed, data, out, "test-0", rows.append)
     return network, result, rows
 
@@ -57,6 +58,27 @@ def test_a_cell_trained_twice_is_the_same_bytes(data, tmp_path, name):
         train(data, tmp_path / folder, **VARIED[name])
     for file in STEADY:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+
+
+def test_what_the_machine_sets_for_keras_changes_nothing(data, tmp_path):
+    (tmp_path / "keras/keras.json").parent.mkdir()
+    (tmp_path / "keras/keras.json").write_text('{"floatx": "float16", "image_data_format": "channels_first"}')
+    script = """
+import json, sys
+from pathlib import Path
+from ablation_lab import training
+training.train(json.loads(sys.argv[1]), 0, Path(sys.argv[2]), Path(sys.argv[3]), "test-0", lambda row: None)
+"""
+    written = {}
+    for name, environment in {
+        "plain": {},
+        "set": {"KERAS_HOME": str(tmp_path / "keras"), "KERAS_MAX_EPOCHS": "1", "TF_ENABLE_ONEDNN_OPTS": "0"},
+    }.items():
+        (tmp_path / name).mkdir()
+        arguments = [json.dumps(plan_of()), str(data), str(tmp_path / name)]
+        passed(run(ROOT, "python", "-c", script, *arguments, **environment))
+        written[name] = [(tmp_path / name / file).read_bytes() for file in STEADY]
+    assert written["plain"] == written["set"]
 
 
 def test_another_seed_is_another_training(data, tmp_path):
@@ -89,7 +111,7 @@ def test_what_a_cell_writes(data, tmp_path):
 
     (tmp_path / cell.RESULT).write_text(json.dumps(result))
     pictures = np.load(data / "images.npy")[np.load(data / "test.npy")]
-    loaded = prediction.load(tmp_path)
+    loaded = models.load(tmp_path)
     np.testing.assert_array_equal(loaded.predict(pictures, verbose=0), network.predict(pictures, verbose=0))
 
 
@@ -133,7 +155,7 @@ def test_keep_last_takes_the_last_epoch(data, tmp_path):
 
 
 def test_an_epochs_random_numbers_do_not_depend_on_what_ran_before(data):
-    from ablation_lab import backend, models
+    from ablation_lab import backend
 
     network = models.build(plan_of(model={"dropout": 0.5})["model"], "unit", (8, 8, 1), 10)
     pictures = np.load(data / "images.npy")[:4]

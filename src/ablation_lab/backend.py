@@ -19,7 +19,11 @@ def _quiet_stderr() -> Iterator[None]:
             os.close(saved)
 
 
+# What a user's machine sets for Keras and TensorFlow at large would change a cell's result without being part of it.
 os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+for _name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
+    os.environ.pop(_name, None)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with _quiet_stderr():
     import keras
@@ -27,6 +31,9 @@ with _quiet_stderr():
     import tensorflow as tf
 
     tf.config.list_physical_devices()
+keras.config.set_floatx("float32")
+keras.config.set_epsilon(1e-7)
+keras.config.set_image_data_format("channels_last")
 
 
 def set_up(threads: int) -> str:
@@ -45,6 +52,11 @@ def set_up(threads: int) -> str:
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)  # leave room for other cells on the same GPU
     return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
+
+
+def use_cpu_only() -> None:
+    """Leave the GPUs to those that train; call it before the first computation."""
+    tf.config.set_visible_devices([], "GPU")
 
 
 def compile_with_xla() -> bool | str:

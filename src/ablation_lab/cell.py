@@ -1,10 +1,13 @@
 """A cell: one variant trained with one seed. Its identity, its folder, its files."""
 
+import csv
 import hashlib
 import json
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
+from ablation_lab import files
 
 # What training writes; equal cells have equal bytes in all of them but TIMING.
 WEIGHTS = "network.weights.h5"
@@ -31,6 +34,14 @@ def cell_hash(plan_hash: str, seed: int, data_digest: str, code: dict[str, str])
     """The sha256 of all that fixes a cell's result: resolved configuration, seed, processed data and training code."""
     identity = {"plan": plan_hash, "seed": seed, "data": data_digest, "code": code}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """A cell's epochs: the rows of `history.csv`, each with its `epoch_seconds`."""
+    seconds = files.read_json(folder / TIMING)["epoch_seconds"]
+    with (folder / HISTORY).open(encoding="utf-8", newline="") as file:
+        rows = [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+    return [row | {"epoch_seconds": spent} for row, spent in zip(rows, seconds, strict=True)]
 
 
 def finished_twin(cells: Path, here: Path, wanted: str) -> Path | None:

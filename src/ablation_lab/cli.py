@@ -74,10 +74,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What would be trained and why, sizes, differences, warnings, minutes. Trains nothing."""
+    from ablation_lab import backend
     from ablation_lab import plan as planning
 
     root = files.root()
     study = params.load(file or root / "params.yaml")
+    backend.use_cpu_only()
     image_shape, classes, pictures, data_digest = planning.pictures(study, root)
     described = planning.describe(study, image_shape, classes)
     if as_json:
@@ -121,7 +123,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     """Open the MLflow UI on this study's store, at 127.0.0.1."""
     from ablation_lab import tracking
 
-    tracking.open_store(params.load(files.root() / "params.yaml").study.name)
+    tracking.close_orphans(params.load(files.root() / "params.yaml").study.name)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # Without the job runner two processes serve the page instead of ten.

@@ -75,7 +75,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         LabError: when a cell, or a file of one, is missing or does not belong to this study's data.
     """
     names = files.read_json(root / "data/processed/card.json")["classes"]
-    parameters = {name: files.read_json(root / f"plan/networks/{name}.json")["parameters"] for name in study.variants}
+    networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
     scored, correct, curves = [], [], []
     shown, labels = np.zeros(0, int), None
     for variant, seed in study.cells:
@@ -89,6 +89,8 @@ def evaluate(study: Params, root: Path = Path()) -> None:
                 "Found: other labels. Run `dvc repro`."
             )
         fit = files.read_json(folder / cell.RESULT)
+        if fit["plan_hash"] != networks[variant]["plan_hash"]:
+            raise LabError(f"{folder}: Expected the cell of today's plan. Found: another plan's. Run `dvc repro`.")
         scores = {part: score(predictions[f"{part}_probabilities"], predictions[f"{part}_labels"]) for part in PARTS}
         if fit["status"] == "diverged" or None in scores.values():
             fit["status"], scores = "diverged", dict.fromkeys(PARTS)
@@ -99,22 +101,21 @@ def evaluate(study: Params, root: Path = Path()) -> None:
             shown = predicted
         curves += _history(folder / cell.HISTORY, variant, seed)
 
-    out = root / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in scored)
-    (out / "cells.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    np.save(out / "correct.npy", np.array(correct))
-    rows = [_row(one, binary=len(names) == 2) for one in scored]
-    _write_csv(out / "cells.csv", list(rows[0]), [list(row.values()) for row in rows])
-    _write_csv(out / "curves.csv", ["variant", "seed", "epoch", *CURVES], curves)
-    metrics = {
-        name: _means([row for row in rows if row["variant"] == name]) | {"parameters": parameters[name]}
-        for name in study.variants
-    }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    actual = labels if labels is not None else shown
-    pairs = [[names[a], names[p]] for a, p in zip(actual.tolist(), shown.tolist(), strict=False)]
-    _write_csv(out / "confusion.csv", ["actual", "predicted"], pairs)
+    with files.whole(root / "evaluation") as out:
+        lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in scored)
+        (out / "cells.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        np.save(out / "correct.npy", np.array(correct))
+        rows = [_row(one, binary=len(names) == 2) for one in scored]
+        _write_csv(out / "cells.csv", list(rows[0]), [list(row.values()) for row in rows])
+        _write_csv(out / "curves.csv", ["variant", "seed", "epoch", *CURVES], curves)
+        metrics = {
+            name: _means([row for row in rows if row["variant"] == name]) | {"parameters": networks[name]["parameters"]}
+            for name in study.variants
+        }
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        actual = labels if labels is not None else shown
+        pairs = [[names[a], names[p]] for a, p in zip(actual.tolist(), shown.tolist(), strict=False)]
+        _write_csv(out / "confusion.csv", ["actual", "predicted"], pairs)
 
 
 def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:

@@ -30,16 +30,19 @@ def _is_concrete(one: Any, kind: type) -> bool:
 
 
 def _construct(kind: type, arguments: dict[str, Any]) -> Any:
-    valid = [name for name in inspect.signature(kind).parameters if name not in ("name", "kwargs")]
+    parameters = inspect.signature(kind).parameters
+    valid = [name for name in parameters if name not in ("name", "kwargs")]
     for name in arguments:
         if name not in valid:
             raise LabError(
                 f"train.optimizer.{name}: Expected an argument of {kind.__name__}. Found: {name}."
                 f"{_nearest(name, valid)} A variant drops an inherited one with `{name}: null`."
             )
+        if isinstance(parameters[name].default, float) and type(arguments[name]) is int:
+            arguments[name] = float(arguments[name])  # Keras refuses `momentum: 0`
     try:
         return kind(**arguments)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise LabError(f"train.optimizer: Expected arguments that {kind.__name__} takes. Found: {error}") from None
 
 
@@ -88,7 +91,7 @@ def callbacks(settings: dict[str, Any]) -> list[keras.callbacks.Callback]:
 
 
 def augmentation(augment: dict[str, dict[str, Any]]) -> list[keras.layers.Layer]:
-    """Keras' augmentation layers by name, in the order of the file; they change pictures in training only.
+    """Keras' augmentation layers by name, in the order given (a plan's are sorted); training alone uses them.
 
     Raises:
         LabError: for a name or an argument that Keras doesn't know.
@@ -100,6 +103,6 @@ def augmentation(augment: dict[str, dict[str, Any]]) -> list[keras.layers.Layer]
             raise LabError(f"input.augment.{name}: Expected a Keras layer. Found: {name}.{_nearest(name, list(known))}")
         try:
             layers.append(known[name](**arguments))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise LabError(f"input.augment.{name}: Expected arguments of {name}. Found: {error}") from None
     return layers

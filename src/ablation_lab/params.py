@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -44,7 +44,7 @@ class Study(Section):
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
     title: str = ""
-    baseline: str = "baseline"
+    baseline: str
     source: str | None = None
     notes: str | None = None
     quick: bool = False
@@ -175,7 +175,7 @@ class Optimizer(Section):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = "adam"
+    name: Annotated[str, AfterValidator(str.lower)] = "adam"
     learning_rate: float = Field(default=0.001, gt=0)
 
 
@@ -322,7 +322,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
             f"{path}: Expected the parameters of a study. Found: no such file. "
             "Go to the folder that holds dvc.yaml, or make one current with `ablab use STUDY`."
         ) from None
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"{path}: Expected a text file in UTF-8. Found: {error}") from None
     try:
         raw = YAML(typ="safe", pure=True).load(io.StringIO(text))
@@ -429,7 +429,7 @@ def _variant(name: str, written: Any, base: dict, raw: dict, problems: "_Problem
     if patch is None:
         return None
     changes = {key: getattr(patch, key) for key in PATCHED}
-    baseline = raw["study"].get("baseline", "baseline")
+    baseline = raw["study"]["baseline"]
     if name != baseline and not any(changes.values()):
         problems.add(here, "a change of input, model or train (only the baseline changes nothing)", written)
         return None
@@ -505,7 +505,7 @@ def _check_names(raw: dict, problems: "_Problems") -> None:
             problems.add(("variants", name), expected, name)
         else:
             seen[name.lower()] = name
-    baseline = raw["study"].get("baseline", "baseline") if isinstance(raw.get("study"), dict) else None
+    baseline = raw["study"].get("baseline") if isinstance(raw.get("study"), dict) else None
     if isinstance(baseline, str) and baseline not in variants:
         names = [str(name) for name in variants]
         problems.add(("study", "baseline"), f"one of the variants: {', '.join(names)}", baseline, names)
@@ -522,7 +522,7 @@ class _Problems:
         near = difflib.get_close_matches(str(found), [str(one) for one in valid or []], n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         where = ".".join(str(key) for key in loc) or "the file"
-        shown = json.dumps(found, default=str)
+        shown = json.dumps(found, default=str, skipkeys=True)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         self.lines[f"{self.file}{self._line(loc)}: {where}: Expected {expected}. Found: {shown}.{hint}"] = None
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from ablation_lab import cell, datasets, files, models, optimization, params
@@ -39,9 +40,13 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
     problems = []
     for name, variant in study.variants.items():
         try:
+            json.dumps(variant.resolved(), allow_nan=False)
             network = _build(variant, image_shape, classes)
         except LabError as error:
             problems.append(f"variants.{name}: {error}")
+            continue
+        except (TypeError, ValueError) as error:
+            problems.append(f"variants.{name}: Expected numbers, texts, lists and mappings. Found: {error}.")
             continue
         layers = [_layer(layer) for layer in network.layers]
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
@@ -146,27 +151,21 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
         Image shape, number of classes, size of the training part, and the data's digest (None without a data card).
     """
     known = datasets.spec(study.data)
-    card_file = root / "data" / "processed" / "card.json"
-    card: dict[str, Any] = files.read_json(card_file) if card_file.exists() else {}
-    if known is None and not card:
+    processed = root / "data" / "processed"
+    made_with = processed / "settings.json"
+    if made_with.exists() and files.read_json(made_with) == study.data.model_dump():
+        card = files.read_json(processed / "card.json")
+        return tuple(card["image_shape"]), len(card["classes"]), card["counts"]["train"], card["digest"]
+    if known is None:
         raise LabError(
-            "data: Expected pictures that are preprocessed, since only they tell their classes. "
+            "data: Expected pictures that are preprocessed with these settings, since only they tell their classes. "
             "Found: none. Run `dvc repro preprocess` first."
         )
-    image_shape = known.image_shape if known else _shape(study.data, card["image_shape"])
-    classes = list(known.classes) if known else card["classes"]
     split = study.data.split
-    if card and (card["split"], card["image_shape"], card["classes"]) == (split.model_dump(), [*image_shape], classes):
-        return image_shape, len(classes), card["counts"]["train"], card["digest"]
-    counts = known.counts if known else {"all": sum(card["counts"].values())}
+    counts = known.counts
     total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
     rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
-    return image_shape, len(classes), round(total * rest), None
-
-
-def _shape(data: params.Data, own: list[int]) -> tuple[int, int, int]:
-    height, width = data.image_size or own[:2]
-    return height, width, {"rgb": 3, "grayscale": 1, None: own[2]}[data.color]
+    return known.image_shape, len(known.classes), round(total * rest), None
 
 
 def as_json(study: Params, described: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -210,12 +209,31 @@ def _change(difference: dict[str, Any]) -> str:
 
 
 def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+    """Build a network, and use once everything of Keras' that is only named in the study: what would stop a training
+    after hours of others stops the plan."""
     settings = variant.resolved()
-    # What would stop a training after hours of others stops the plan: all of Keras' names and arguments are used once.
-    optimization.optimizer(settings["train"]["optimizer"])
-    optimization.loss(settings["train"])
-    optimization.augmentation(settings["input"]["augment"])
-    return models.build(settings["model"], settings["input"]["rescale"], image_shape, classes)
+    try:
+        network = models.build(settings["model"], settings["input"]["rescale"], image_shape, classes)
+        pictures = np.zeros((2, *image_shape), np.uint8)
+        for layer in optimization.augmentation(settings["input"]["augment"]):
+            changed = layer(pictures, training=True)
+            if tuple(changed.shape) != pictures.shape:
+                name, shape = type(layer).__name__, "×".join(map(str, changed.shape[1:]))
+                raise LabError(f"input.augment.{name}: Expected pictures of the same shape. Found: {shape}.")
+        optimizer = optimization.optimizer(settings["train"]["optimizer"])
+        weight = keras.Variable(np.zeros((2, 2), np.float32))
+        optimizer.apply([np.ones((2, 2), np.float32)], [weight])
+        labels = np.zeros(2, np.int32)
+        one_hot = keras.ops.one_hot(labels, classes) if optimization.takes_one_hot(settings["train"]) else labels
+        value = optimization.loss(settings["train"])(one_hot, np.full((2, classes), 1 / classes, np.float32))
+        if tuple(value.shape):
+            raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
+    except LabError:
+        raise
+    except Exception as error:  # whatever Keras or TensorFlow make of a value that only they know
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise LabError(f"Expected settings that Keras takes. Found: {type(error).__name__}: {reason}") from error
+    return network
 
 
 def _fingerprint(network: keras.Model, variant: Variant) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ablation_lab import cell, files, params, preprocess
-from ablation_lab.backend import keras
+from ablation_lab import backend, cell, files, models, params, preprocess
 from ablation_lab.errors import LabError
 
 
@@ -32,7 +31,10 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         raise LabError(f"--seed: Expected one of {', '.join(map(str, study.seeds))}. Found: {seed}.")
     card = files.read_json(root / "data" / "processed" / "card.json")
     pictures = [_read(path, study.data, card) for path in images]
-    network = load(cell.folder(variant, seed, root))
+    folder = cell.folder(variant, seed, root)
+    files.read_json(folder / cell.RESULT)
+    backend.set_up(study.variants[variant].train.threads)
+    network = models.load(folder)
     found = []
     for path, picture in zip(images, pictures, strict=True):
         probabilities = network.predict(picture[np.newaxis], verbose=0)[0].astype(float)
@@ -40,14 +42,6 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         label = card["classes"][int(probabilities.argmax())]
         found.append({"image": str(path), "variant": variant, "seed": seed, "label": label, "probabilities": by_class})
     return found
-
-
-def load(folder: Path) -> keras.Model:
-    """The network of a finished cell, with its weights."""
-    files.read_json(folder / cell.RESULT)
-    network = keras.models.model_from_json((folder / cell.ARCHITECTURE).read_text(encoding="utf-8"))
-    network.load_weights(folder / cell.WEIGHTS)
-    return network
 
 
 def _read(path: Path, data: params.Data, card: dict[str, Any]) -> np.ndarray:

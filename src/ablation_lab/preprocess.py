@@ -56,6 +56,8 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
             "digest": digest.hexdigest(),
         }
         (folder / "card.json").write_text(params.canonical_json(card), encoding="utf-8")
+        # What the pictures were made with stands in a file of its own, since training depends on the card.
+        (folder / "settings.json").write_text(params.canonical_json(data.model_dump()), encoding="utf-8")
 
 
 def prepare(

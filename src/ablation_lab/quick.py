@@ -38,6 +38,8 @@ def run(root: Path) -> int:
         yaml.dump(sliver, file)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
     environment["DVC_NO_ANALYTICS"] = "1"
+    # Stages run `python`, whether or not the user's shell has activated the environment.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     dvc = [sys.executable, "-m", "dvc"]
     if not (folder / ".dvc").exists():
         subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=folder, env=environment, check=True)

@@ -1,7 +1,6 @@
 """MLflow made to agree with DVC's files: every cell of the study has one finished run with the final metrics."""
 
 import csv
-import math
 from pathlib import Path
 
 from ablation_lab import cell, files, params, tracking
@@ -12,8 +11,10 @@ FINAL |= {"macro_f1": "test_macro_f1"}
 
 
 def sync(root: Path = Path()) -> dict[str, str]:
-    """Go through the evaluated cells, in the order of the study.
+    """Close the runs whose process died, then go through the evaluated cells, in the order of the study.
 
+    Raises:
+        LabError: when MLflow's store does not work.
     Returns:
         MLflow's run ids by cell, for the receipt.
     """
@@ -21,6 +22,7 @@ def sync(root: Path = Path()) -> dict[str, str]:
     with (root / "evaluation" / "cells.csv").open(encoding="utf-8", newline="") as file:
         scores = {(row["variant"], int(row["seed"])): row for row in csv.DictReader(file)}
     receipt = {}
+    tracking.close_orphans(study.study.name)
     for name, seed in study.cells:
         folder = cell.folder(name, seed, root)
         result = files.read_json(folder / cell.RESULT)
@@ -28,14 +30,5 @@ def sync(root: Path = Path()) -> dict[str, str]:
         identity = tracking.Identity(study.study.name, name, seed, result["cell_hash"], plan)
         row = scores[name, seed]
         final = {key: float(row[column]) for key, column in FINAL.items() if row[column]}
-        receipt[identity.name] = tracking.sync(identity, _history(folder), final)
+        receipt[identity.name] = tracking.sync(identity, cell.history(folder), final)
     return receipt
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
-    seconds = files.read_json(folder / cell.TIMING)["epoch_seconds"]
-    with (folder / cell.HISTORY).open(encoding="utf-8", newline="") as file:
-        rows = [
-            {key: float(value) if value else math.nan for key, value in row.items()} for row in csv.DictReader(file)
-        ]
-    return [row | {"epoch_seconds": spent} for row, spent in zip(rows, seconds, strict=True)]

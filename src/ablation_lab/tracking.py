@@ -20,6 +20,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 import numpy as np
+import psutil
 from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.models import ModelSignature
@@ -28,6 +29,7 @@ from mlflow.types import Schema, TensorSpec
 from ruamel.yaml import YAML
 
 from ablation_lab import files
+from ablation_lab.errors import LabError
 
 STORE = "mlruns"
 
@@ -161,8 +163,7 @@ class CellRun:
             Exception
         ) as error:  # a store can fail in ways that MLflow, SQLAlchemy and the network each name differently
             self.client = None
-            reason = str(error).splitlines()[0][:200]
-            print(f"warning: MLflow does not take {self.identity.name}: {reason}", file=sys.stderr)
+            print(f"warning: MLflow does not take {self.identity.name}: {_first_line(error)}", file=sys.stderr)
 
 
 @contextmanager
@@ -180,6 +181,19 @@ def cell_run(identity: Identity) -> Iterator[CellRun]:
     run.end()
 
 
+def close_orphans(study: str) -> None:
+    """End the runs of processes of this machine that are gone as KILLED, with the epoch that they reached."""
+    with _explained():
+        client, experiment = open_store(study)
+        query = f"attributes.status = 'RUNNING' and tags.`ablab.host` = '{socket.gethostname()}'"
+        for run in client.search_runs([experiment], query, max_results=1000):
+            if not psutil.pid_exists(int(run.data.tags.get("ablab.pid", 0))):
+                epochs = client.get_metric_history(run.info.run_id, "loss")
+                reached = max((metric.step for metric in epochs), default=0)
+                client.set_tag(run.info.run_id, "ablab.reason", f"the process ended after epoch {reached}")
+                client.set_terminated(run.info.run_id, "KILLED")
+
+
 def sync(identity: Identity, history: list[dict[str, float]], final: dict[str, float]) -> str:
     """Make MLflow agree with a cell's files.
 
@@ -188,22 +202,42 @@ def sync(identity: Identity, history: list[dict[str, float]], final: dict[str, f
 
     Returns:
         The run's id.
+    Raises:
+        LabError: when the store does not work.
     """
-    client, experiment = open_store(identity.study)
-    query = f"tags.`ablab.cell_hash` = '{identity.cell_hash}' and tags.`ablab.variant` = '{identity.variant}'"
-    found = client.search_runs([experiment], f"{query} and attributes.status = 'FINISHED'", max_results=1)
+    with _explained():
+        client, experiment = open_store(identity.study)
+        query = f"tags.`ablab.cell_hash` = '{identity.cell_hash}' and tags.`ablab.variant` = '{identity.variant}'"
+        found = client.search_runs([experiment], f"{query} and attributes.status = 'FINISHED'", max_results=1)
     run = CellRun(identity)
     if found:
         run.client, run.run_id = client, found[0].info.run_id
         logged = found[0].data.metrics
         run.metrics({key: value for key, value in final.items() if logged.get(key) != value})
-        return run.run_id
-    run.start()
-    for row in history:
-        run.epoch(row)
-    run.metrics(final)
-    run.end()
+    else:
+        run.start()
+        for row in history:
+            run.epoch(row)
+        run.metrics(final)
+        run.end()
+    if run.client is None:
+        raise LabError(
+            f"{uri()}: Expected a store that takes {identity.name}. Found: it does not, see above. "
+            "Call `ablab sync` when it works again."
+        )
     return run.run_id
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise LabError(f"{uri()}: Expected MLflow's store. Found: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

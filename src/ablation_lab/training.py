@@ -27,7 +27,7 @@ EpochReport = Callable[[dict[str, float]], None]
 
 
 def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
-    """Train the cell of a planned variant, track it in MLflow and write its folder, `cell.json` last.
+    """Train the cell of a planned variant, track it in MLflow and write its folder, all of it or nothing.
 
     A cell that another variant has finished already, under the same plan, data, code and seed, is shared.
     """
@@ -39,15 +39,19 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
     cell_hash = cell.cell_hash(plan_hash, seed, card["digest"], code)
     out = cell.folder(variant, seed, root)
     twin = cell.finished_twin(root / "cells", out, cell_hash)
-    if twin:
-        print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
-        take_over(twin, out)
-        return
     identity = tracking.Identity(tracking.study_name(root), variant, seed, cell_hash, plan)
     with tracking.cell_run(identity) as run:
-        network, result = train(plan, seed, root / DATA, out, identity.name, run.epoch)
-        identity_of = {"cell_hash": cell_hash, "plan_hash": plan_hash, "data_digest": card["digest"]}
-        files.write_json(out / cell.RESULT, result | identity_of)
+        if twin:
+            print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
+            take_over(twin, out)
+            network, result = models.load(out), files.read_json(out / cell.RESULT)
+            for row in cell.history(out):
+                run.epoch(row)
+        else:
+            with files.whole(out) as folder:
+                network, result = train(plan, seed, root / DATA, folder, identity.name, run.epoch)
+                result |= {"cell_hash": cell_hash, "plan_hash": plan_hash, "data_digest": card["digest"]}
+                files.write_json(folder / cell.RESULT, result)
         run.metrics({"train_accuracy": result["train_accuracy"], "best_epoch": result["best_epoch"]})
         run.model(network, card["classes"])
 
@@ -57,13 +61,13 @@ def train(
 ) -> tuple[keras.Model, dict[str, Any]]:
     """Train one cell and write its files to `out`; all but `timing.json` are the same bytes every time.
 
-    `cell.json` is not written here: whoever calls knows the cell's identity, and writes it last.
+    `cell.json` is not written here: whoever calls knows the cell's identity.
 
     Args:
         plan: the resolved configuration, `plan/<variant>.json`.
         seed: fixes initial weights, order of pictures, dropout and augmentation.
         data: the processed data set.
-        out: the cell's folder, made here.
+        out: an empty folder.
         name: what the progress bar is called.
         report: called after each epoch with its row of `history.csv` and `epoch_seconds`.
 
@@ -111,7 +115,6 @@ def train(
     train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, one_hot)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
-    out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     network.save_weights(out / cell.WEIGHTS)
     history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})
@@ -135,10 +138,9 @@ def train(
 
 
 def take_over(twin: Path, out: Path) -> None:
-    """Share the result of a cell that is the same training under another name; what says 'finished' comes last."""
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(twin.iterdir(), key=lambda file: file.name == cell.RESULT):
-        shutil.copyfile(file, out / file.name)
+    """Share the result of a cell that is the same training under another name."""
+    with files.whole(out) as folder:
+        shutil.copytree(twin, folder, dirs_exist_ok=True)
 
 
 class Recorder(keras.callbacks.Callback):

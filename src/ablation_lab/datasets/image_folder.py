@@ -219,7 +219,8 @@ def _tar_members(path: Path) -> Iterator[Member]:
             if info.isdir():
                 yield info.name, 0, None
             elif info.isreg() or info.islnk():  # a hard link is another name of a file in the archive
-                yield info.name, info.size, functools.partial(_tar_read, archive, info)
+                size = archive.getmember(info.linkname).size if info.islnk() else info.size
+                yield info.name, size, functools.partial(_tar_read, archive, info)
             elif Path(info.name).suffix.lower() in SUFFIXES:
                 raise LabError(f"{path}: Expected plain files. Found: {info.name}, a link or a device.")
 

@@ -1,12 +1,14 @@
 """Networks: one file a builder, found by its name in `model.builder`."""
 
+from pathlib import Path
 from typing import Any
 
+from ablation_lab import cell
 from ablation_lab.backend import keras
 from ablation_lab.models import cnn, mlp
 from ablation_lab.models.layers import NetworkError, apply, kernel
 
-__all__ = ["BUILDERS", "NetworkError", "build"]
+__all__ = ["BUILDERS", "NetworkError", "build", "load"]
 
 BUILDERS = {"cnn": cnn.hidden, "mlp": mlp.hidden}
 
@@ -33,4 +35,14 @@ def build(model: dict[str, Any], rescale: str, image_shape: tuple[int, int, int]
         x = apply(keras.layers.Rescaling(scale, offset, name="rescale"), x)
     x = BUILDERS[model["builder"]](model, x)
     outputs = apply(keras.layers.Dense(classes, activation="softmax", name="probabilities", **kernel(model)), x)
-    return keras.Model(inputs, outputs, name=model["builder"])
+    try:
+        return keras.Model(inputs, outputs, name=model["builder"])
+    except ValueError as error:  # two layers of one name
+        raise NetworkError(f"Expected a name of its own for each block and head layer. Found: {error}") from None
+
+
+def load(folder: Path) -> keras.Model:
+    """The network of a finished cell, with its weights."""
+    network = keras.models.model_from_json((folder / cell.ARCHITECTURE).read_text(encoding="utf-8"))
+    network.load_weights(folder / cell.WEIGHTS)
+    return network

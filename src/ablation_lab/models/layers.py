@@ -1,6 +1,7 @@
 """What the builders share: applying a layer with a message that names it, and the dense layers of a head."""
 
 import difflib
+import re
 from typing import Any
 
 from ablation_lab.backend import keras
@@ -23,7 +24,8 @@ def apply(layer: keras.layers.Layer, x: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines()]
     return next((line for line in lines if line and not line.startswith("Exception encountered")), type(error).__name__)
 
 
@@ -48,7 +50,7 @@ def activation(name: str) -> str:
 def _known(name: str, get: Any, module: Any, where: str, kind: str) -> str:
     try:
         get(name)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, NotImplementedError):
         names = [one for one in dir(module) if not one.startswith("_") and one[0].islower() and one not in OTHERS]
         near = difflib.get_close_matches(str(name), names, n=1)
         hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(names)}."

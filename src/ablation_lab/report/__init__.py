@@ -21,12 +21,11 @@ def write_report(study: Params, root: Path = Path()) -> str:
         LabError: when a result of an earlier stage is missing.
     """
     material = results.gather(study, root)
-    out = root / "reports"
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "results.json", material.results)
-    files.write_json(out / "timings.json", material.timings)
-    drawn = figures.draw(study, material, out / "figures")
     page = pages.build(study, material)
-    (out / "report.md").write_text(pages.markdown(page, drawn), encoding="utf-8")
-    (out / "report.html").write_text(pages.html(page, drawn, out), encoding="utf-8")
+    with files.whole(root / "reports") as out:
+        files.write_json(out / "results.json", material.results)
+        files.write_json(out / "timings.json", material.timings)
+        drawn = figures.draw(study, material, out / "figures")
+        (out / "report.md").write_text(pages.markdown(page, drawn), encoding="utf-8")
+        (out / "report.html").write_text(pages.html(page, drawn, out), encoding="utf-8")
     return pages.text_table(page)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ablation_lab import cell, files, statistics
+from ablation_lab import cell, evaluation, files, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
@@ -65,7 +65,12 @@ def gather(study: Params, root: Path) -> Material:
         )
     try:
         flags = np.load(root / "evaluation/correct.npy")
-        curves = pd.read_csv(root / "evaluation/curves.csv")
+        curves = pd.read_csv(
+            root / "evaluation/curves.csv",
+            dtype={"variant": str},
+            keep_default_na=False,  # a variant may be called None
+            na_values={column: "" for column in evaluation.CURVES},
+        )
     except FileNotFoundError as error:
         raise LabError(
             f"{error.filename}: Expected a result of the stage evaluate. Found: no such file. Run `dvc repro`."
