@@ -4,7 +4,14 @@ Stages import the library that lies beside them rather than an installed copy: D
 of their own, and their code must be the code that runs.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
+
+if importlib.util.find_spec("keras") is None:
+    sys.exit(
+        f"error: Expected the environment that `make setup` makes. Found: {sys.executable}, without Keras. "
+        "Call `source .venv/bin/activate` first."
+    )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))

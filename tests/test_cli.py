@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,28 @@ def test_use_switches_and_refuses_to_drop_edits(folder: Path):
     assert unknown.returncode == 1
     assert "Expected one of fashion_layers, quickstart" in unknown.stderr
     write_params(folder, TINY)
+
+
+def test_outside_a_project_it_says_so(tmp_path: Path):
+    for arguments in (["studies"], ["use", "quickstart"], ["plan"]):
+        done = run(tmp_path, "ablab", *arguments)
+        assert done.returncode != 0
+        assert "Expected a folder of an Ablation Lab project. Found: no dvc.yaml there or above." in done.stderr
+
+
+def test_ui_says_when_its_port_is_in_use(folder: Path):
+    with socket.create_server(("127.0.0.1", 5732)):
+        done = run(folder, "ablab", "ui", "--port", "5732")
+    assert done.returncode == 1
+    assert "--port: Expected a free port. Found: 5732 is in use. Try --port 5733." in done.stderr
+
+
+def test_a_stage_outside_the_environment_says_what_to_do(folder: Path):
+    outside = [sys.executable, "-S", "-m", "stages.report"]  # a Python without its packages
+    done = run(folder, *outside, PYTHONPATH="")
+    assert done.returncode == 1
+    assert "Call `source .venv/bin/activate` first." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_plan_in_json_needs_no_data(folder: Path):

@@ -21,7 +21,7 @@ def test_an_optimizer_gets_its_arguments():
             {"name": "sgd", "momentm": 1},
             "train.optimizer.momentm: Expected an argument of SGD. Found: momentm. Did you",
         ),
-        ({"name": "adam", "momentum": 0.9}, "A variant drops an inherited one with `momentum: null`."),
+        ({"name": "adam", "nesterov": True}, "A variant drops an inherited one with `nesterov: null`."),
         ({"name": "sgd", "momentum": 7}, "train.optimizer: Expected arguments that SGD takes."),
     ],
 )

@@ -80,6 +80,15 @@ def test_what_would_stop_a_training_stops_the_plan(patch, message):
     assert "\x1b" not in str(caught.value)
 
 
+def test_what_is_wrong_in_the_base_is_said_once():
+    study = copy.deepcopy(TINY)
+    study["model"]["activation"] = "rleu"
+    with pytest.raises(LabError) as caught:
+        describe(params.validate(study))
+    assert str(caught.value).count("Did you mean relu?") == 1
+    assert str(caught.value).startswith("variants.baseline, no_dropout: ")
+
+
 def test_an_integer_will_do_where_keras_wants_a_float():
     describe(study_with(plain={"train": {"optimizer": {"name": "SGD", "momentum": 0}}}))
 
@@ -153,7 +162,7 @@ def test_reasons_and_minutes(tmp_path):
         (folder / cell.RESULT).write_text(json.dumps(hashes | changes))
         return plan.reasons(study, described, digest, tmp_path)["baseline", 0]
 
-    assert plan.reasons(study, described, "d", tmp_path)["baseline", 1] == "not trained yet"
+    assert plan.reasons(study, described, "d", tmp_path)["baseline", 1] == "no result here"
     assert reason() is None
     assert reason(plan_hash="other") == "its settings changed"
     assert reason(digest="other") == "the data changed"
@@ -163,5 +172,5 @@ def test_reasons_and_minutes(tmp_path):
     assert minutes["baseline"] == pytest.approx(20, abs=1)  # two epochs of ten minutes, as measured
     assert minutes["no_dropout"] < 1
     table = plan.table(study, described, plan.reasons(study, described, "d", tmp_path), minutes)
-    assert "4 of 4 cells to train, about 41 minutes" in table
+    assert "4 of 4 cells to train, about 41 min" in table
     assert "model.dropout: 0.25 → 0.0" in table

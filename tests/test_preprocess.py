@@ -144,11 +144,6 @@ def test_limit_keeps_so_many_of_each_class_in_each_part(raw_digits, tmp_path):
             'data.split.test: Expected a fraction like 0.2, as digits has no given test part. Found: "given".',
         ),
         (
-            Split(validation=0.5, test=0.5),
-            "data.split: Expected validation + test below 1, so that something is left to train with. "
-            "Found: 0.5 + 0.5 = 1.",
-        ),
-        (
             Split(validation=0.001, test=0.2),
             "data.split: Expected a part with a picture of each of 10 classes, and as many left. "
             "Found: 2 of 1438 pictures for validation.",

@@ -65,7 +65,9 @@ def test_differences_agree_with_scipy():
 def test_more_comparisons_need_more_evidence():
     counts = [692, 690, 697, 701, 693]
     alone = against_baseline(variant=counts)["variant"]
-    among = against_baseline(variant=counts, **{f"other{i}": SIMILAR for i in range(9)})["variant"]
+    among = against_baseline(variant=counts, **{f"other{i}": [SIMILAR[0] + i, *SIMILAR[1:]] for i in range(9)})[
+        "variant"
+    ]
     assert alone["ci95"] == among["ci95"]
     assert among["p_adjusted"] == pytest.approx(10 * alone["p_adjusted"])
     assert (alone["verdict"], among["verdict"]) == ("worse", "indistinguishable")
@@ -103,3 +105,17 @@ def test_diverged_cells_leave_no_numbers_and_do_not_count_as_comparisons():
 
 def test_nothing_to_compare():
     assert statistics.compare({"baseline": correct(BASELINE)}, {}) == {}
+
+
+def test_a_variant_written_twice_makes_no_p_larger():
+    random = np.random.default_rng(0)
+    base = {seed: random.random(400) < 0.8 for seed in range(4)}
+    worse = {seed: flags & (random.random(400) < 0.95) for seed, flags in base.items()}
+    other = {seed: random.random(400) < 0.8 for seed in range(4)}
+    once = statistics.compare({"base": base, "worse": worse, "other": other}, {"worse": "base", "other": "base"})
+    twins = {"twin": dict(worse), "same": dict(base)}
+    references = dict.fromkeys(("worse", "other", "twin", "same"), "base")
+    twice = statistics.compare({"base": base, "worse": worse, "other": other} | twins, references)
+    assert twice["worse"] == twice["twin"] == once["worse"]
+    assert twice["other"] == once["other"]
+    assert (twice["same"]["verdict"], twice["same"]["p_adjusted"]) == ("indistinguishable", 1.0)

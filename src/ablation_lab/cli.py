@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,20 @@ def main() -> None:
         app()
 
 
+def _project() -> Path:
+    root = files.root()
+    if not (root / "dvc.yaml").exists():
+        raise LabError(
+            f"{Path.cwd()}: Expected a folder of an Ablation Lab project. Found: no dvc.yaml there or above."
+        )
+    return root
+
+
 @app.command()
 def studies() -> None:
     """List the ready-made studies."""
     rows = []
-    for path in sorted((files.root() / "studies").glob("*.yaml")):
+    for path in sorted((_project() / "studies").glob("*.yaml")):
         study = params.load(path)
         rows.append([path.stem, study.study.title, study.data.dataset, len(study.variants), len(study.cells)])
     print(tabulate(rows, headers=["study", "title", "data", "variants", "cells"]))
@@ -45,7 +55,7 @@ def use(
     force: Annotated[bool, typer.Option("--force", help="Drop edits of params.yaml that are not committed.")] = False,
 ) -> None:
     """Make a study the current params.yaml."""
-    root = files.root()
+    root = _project()
     known = {path.stem: path for path in sorted((root / "studies").glob("*.yaml"))}
     source = known.get(study, Path(study))
     if not source.is_file():
@@ -77,7 +87,7 @@ def plan(
     from ablation_lab import backend
     from ablation_lab import plan as planning
 
-    root = files.root()
+    root = _project()
     study = params.load(file or root / "params.yaml")
     backend.use_cpu_only()
     image_shape, classes, pictures, data_digest = planning.pictures(study, root)
@@ -100,7 +110,7 @@ def predict(
     """Class probabilities of pictures."""
     from ablation_lab import prediction
 
-    found = prediction.predict(variant, seed, images, files.root())
+    found = prediction.predict(variant, seed, images, _project())
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -114,7 +124,7 @@ def sync() -> None:
     """Make MLflow agree with DVC's files."""
     from ablation_lab import sync as syncing
 
-    receipt = syncing.sync(files.root())
+    receipt = syncing.sync(_project())
     print(f"{len(receipt)} cells are in MLflow")
 
 
@@ -123,7 +133,10 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     """Open the MLflow UI on this study's store, at 127.0.0.1."""
     from ablation_lab import tracking
 
-    tracking.close_orphans(params.load(files.root() / "params.yaml").study.name)
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise LabError(f"--port: Expected a free port. Found: {port} is in use. Try --port {port + 1}.")
+    tracking.close_orphans(params.load(_project() / "params.yaml").study.name)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # Without the job runner two processes serve the page instead of ten.
@@ -137,7 +150,7 @@ def quick() -> None:
     """Run the whole current study on a sliver of data for one epoch, in the folder quick/: does everything work?"""
     from ablation_lab import quick as quick_check
 
-    sys.exit(quick_check.run(files.root()))
+    sys.exit(quick_check.run(_project()))
 
 
 if __name__ == "__main__":

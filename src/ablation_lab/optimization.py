@@ -34,10 +34,9 @@ def _construct(kind: type, arguments: dict[str, Any]) -> Any:
     valid = [name for name in parameters if name not in ("name", "kwargs")]
     for name in arguments:
         if name not in valid:
-            raise LabError(
-                f"train.optimizer.{name}: Expected an argument of {kind.__name__}. Found: {name}."
-                f"{_nearest(name, valid)} A variant drops an inherited one with `{name}: null`."
-            )
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"A variant drops an inherited one with `{name}: null`."
+            raise LabError(f"train.optimizer.{name}: Expected an argument of {kind.__name__}. Found: {name}. {hint}")
         if isinstance(parameters[name].default, float) and type(arguments[name]) is int:
             arguments[name] = float(arguments[name])  # Keras refuses `momentum: 0`
     try:

@@ -345,6 +345,9 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     base = {name: raw.get(name, {}) for name in PATCHED}
     if all(isinstance(section, dict) for section in base.values()):
         _sections(base, problems, lambda loc: loc)
+    if whole and isinstance(whole.data.split.test, float) and whole.data.split.validation + whole.data.split.test >= 1:
+        expected = "validation + test below 1, so that something is left to train with"
+        problems.add(("data", "split"), expected, raw["data"]["split"])
     problems.raise_if_any()  # variants are checked once the base is right: its mistakes are theirs too
     assert whole is not None
 
@@ -548,7 +551,6 @@ class _Problems:
         else:
             messages = [_expectation(detail["msg"]) for detail in details]
             options = re.findall(r"'([^']+)'", " ".join(messages))
-            messages = [re.sub(r"^(Dictionary|List) should have at (least|most)", r"at \2", one) for one in messages]
             self.add(where, " or ".join(dict.fromkeys(messages)), details[0]["input"], options)
 
     def raise_if_any(self) -> None:
@@ -572,6 +574,7 @@ class _Problems:
 def _expectation(message: str) -> str:
     message = re.sub(r"^Input should (be|have) (?=greater|less)", "a value ", message)
     message = re.sub(r"^Input should (be|have) ", "", message)
+    message = re.sub(r"^(Dictionary|List) should have (at \w+ \d+ items?).*", r"\2", message)
     return re.sub(r"valid dictionary.*", "mapping of names to values", message)
 
 

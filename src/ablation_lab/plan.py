@@ -37,16 +37,16 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
     """
     found: dict[str, dict[str, Any]] = {}
     fingerprints: dict[str, str] = {}
-    problems = []
+    problems: dict[str, list[str]] = {}
     for name, variant in study.variants.items():
         try:
             json.dumps(variant.resolved(), allow_nan=False)
             network = _build(variant, image_shape, classes)
         except LabError as error:
-            problems.append(f"variants.{name}: {error}")
+            problems.setdefault(str(error), []).append(name)
             continue
         except (TypeError, ValueError) as error:
-            problems.append(f"variants.{name}: Expected numbers, texts, lists and mappings. Found: {error}.")
+            problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
             continue
         layers = [_layer(layer) for layer in network.layers]
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
@@ -61,7 +61,8 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
             "plan_hash": plan_hash(variant),
         }
     if problems:
-        raise LabError("\n       ".join(problems))
+        # What is wrong in the base is wrong in every variant, and said once.
+        raise LabError("\n       ".join(f"variants.{', '.join(names)}: {text}" for text, names in problems.items()))
     return found
 
 
@@ -104,7 +105,7 @@ def reasons(study: Params, described: dict[str, dict[str, Any]], data_digest: st
     for name, seed in study.cells:
         path = cell.folder(name, seed, root) / cell.RESULT
         if not path.exists():
-            found[name, seed] = "not trained yet"
+            found[name, seed] = "no result here"
             continue
         result = files.read_json(path)
         if result["plan_hash"] != described[name]["plan_hash"]:
@@ -195,9 +196,11 @@ def table(
     align = ("left", "left", "right", "right", "right", "right", "left")
     lines = [tabulate(rows, headers, floatfmt=".1f", maxcolwidths=widths, colalign=align), ""]
     lines += [f"warning: {lint}" for facts in described.values() for lint in facts["lints"]]
-    lines.append(f"{left} of {len(study.cells)} cells to train, about {total:.0f} minutes one after another.")
+    lines.append(f"{left} of {len(study.cells)} cells to train, about {max(total, 1):.0f} min one after another.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
+    if study.data.dataset == "image_folder":
+        lines.append("Pictures that changed since the last `dvc repro` are not seen here; it will notice them.")
     return "\n".join(lines)
 
 

@@ -50,4 +50,4 @@ def _read(path: Path, data: params.Data, card: dict[str, Any]) -> np.ndarray:
             height, width, channels = card["image_shape"]
             return preprocess.prepare(image, [height, width], "grayscale" if channels == 1 else "rgb", data.resize)
     except preprocess.UNREADABLE as error:
-        raise LabError(f"{path}: Expected a picture that Pillow can read. Found: {error}") from None
+        raise LabError(f"{path}: Expected a picture that Pillow can read. Found: {preprocess.reason(error)}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ablation_lab import datasets, files, params
@@ -32,7 +32,6 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
     Raises:
         LabError: when a picture can't be read or the split is impossible; `out` is left as it was.
     """
-    _check_split(data.split)
     source = datasets.open_raw(data, raw)
     parts = split(source.labels, source.test, source.classes, data)
     kept = np.sort(np.concatenate(list(parts.values())))
@@ -95,6 +94,13 @@ def prepare(
     return array.reshape(*array.shape[:2], -1)
 
 
+def reason(error: Exception) -> str:
+    """What Pillow says of a broken picture, in words that a user knows."""
+    if isinstance(error, UnidentifiedImageError):
+        return "a file in no format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
 def split(
     labels: np.ndarray, given_test: np.ndarray | None, classes: list[str], data: params.Data
 ) -> dict[str, np.ndarray]:
@@ -142,15 +148,6 @@ def split(
     return parts
 
 
-def _check_split(settings: params.Split) -> None:
-    test = 0.0 if settings.test == "given" else float(settings.test)
-    if settings.validation + test >= 1:
-        raise LabError(
-            "data.split: Expected validation + test below 1, so that something is left to train with. "
-            f"Found: {settings.validation} + {test} = {settings.validation + test:g}."
-        )
-
-
 def _stratified(
     indices: np.ndarray, labels: np.ndarray, size: float, part: str, data: params.Data
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -182,9 +179,7 @@ def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, 
         try:
             return prepare(source.load(index), image_size, color, data.resize)
         except UNREADABLE as error:
-            raise LabError(
-                f"{source.name(index)}: Expected a picture. Found: {error or type(error).__name__}"
-            ) from None
+            raise LabError(f"{source.name(index)}: Expected a picture. Found: {reason(error)}") from None
 
     first = decoded(int(kept[0]))
 
