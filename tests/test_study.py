@@ -177,7 +177,7 @@ def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Pat
         (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),
         (("model", "droput"), 0, "Did you mean dropout?"),
         (("train", "optimizer", "name"), "adm", "Expected a Keras optimizer. Found: adm. Did you mean adam?"),
-        (("model", "pool"), 20, "variants.baseline: layer block1_pool (MaxPooling2D) does not fit"),
+        (("model", "pool"), 20, "variants.baseline, no_dropout: layer block1_pool (MaxPooling2D) does not fit"),
         (("study", "titel"), "x", "study.titel: Expected one of the keys name, title"),
         (("data", "dataset"), "image_folder", "data.path: Expected a folder or an archive"),
     ],
