@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ablation_lab import datasets, params
-from ablation_lab.datasets import digits, fashion_mnist, fetch, image_folder
+from ablation_lab.datasets import cifar10, digits, fashion_mnist, fetch, image_folder
 from ablation_lab.errors import LabError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -495,3 +495,55 @@ def test_stages(tmp_path):
         "\nerror: data.split.test: Expected a fraction like 0.2, as digits has no given test"
     )
     assert "Traceback" not in failed.stderr
+
+
+def cifar_archive(path: Path, per_batch: int = 4, leave_out: str = "", cut: int = 0) -> np.ndarray:
+    """A small archive in the layout of CIFAR-10's binary release; returns its pictures."""
+    random = np.random.default_rng(0)
+    pictures = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for number, name in enumerate(("README.html", *cifar10.BATCHES)):
+            planes = random.integers(0, 256, (per_batch, 3, 32, 32), dtype=np.uint8)
+            labels = np.full((per_batch, 1), number % 10, np.uint8)
+            content = np.concatenate([labels, planes.reshape(per_batch, -1)], axis=1).tobytes()
+            if name != "README.html":
+                pictures.append(planes.transpose(0, 2, 3, 1))
+            if name != leave_out:
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                info.size = len(content) - cut
+                tar.addfile(info, io.BytesIO(content[: info.size]))
+    return np.concatenate(pictures)
+
+
+def test_cifar10_is_read_from_the_binary_release(tmp_path, monkeypatch):
+    pictures = cifar_archive(tmp_path / "mirror/cifar-10" / cifar10.ARCHIVE)
+    sha256 = hashlib.sha256((tmp_path / "mirror/cifar-10" / cifar10.ARCHIVE).read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar10, "FILES", {cifar10.ARCHIVE: sha256})
+    monkeypatch.setenv("ABLAB_DATA_MIRROR", str(tmp_path / "mirror"))
+    data = params.Data(dataset="cifar10", path=None)
+    datasets.download(data, tmp_path / "raw")
+    source = datasets.open_raw(data, tmp_path / "raw")
+    assert source.classes[3] == "cat"
+    assert source.labels.tolist() == [label for label in range(1, 7) for _ in range(4)]
+    assert source.test is not None and source.test.tolist() == [False] * 20 + [True] * 4
+    for index in (0, 23):
+        np.testing.assert_array_equal(np.asarray(source.load(index)), pictures[index])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"leave_out": "test_batch.bin"}, r"Expected cifar-10-batches-bin/test_batch\.bin of records of 3073 bytes"),
+        ({"cut": 1}, r"Found: 12291 bytes"),
+        (None, "Expected the official archive. Found: "),
+    ],
+)
+def test_a_broken_cifar10_archive_is_told(tmp_path, spoil, message):
+    archive = tmp_path / cifar10.ARCHIVE
+    if spoil is None:
+        archive.write_bytes(b"no archive")
+    else:
+        cifar_archive(archive, **spoil)
+    with pytest.raises(LabError, match=message):
+        datasets.open_raw(params.Data(dataset="cifar10", path=None), tmp_path)

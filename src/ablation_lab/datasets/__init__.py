@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 from ablation_lab import params
-from ablation_lab.datasets import digits, fashion_mnist, image_folder
+from ablation_lab.datasets import cifar10, digits, fashion_mnist, image_folder
 from ablation_lab.datasets.source import Source, Spec
 
 __all__ = ["DATASETS", "Source", "Spec", "download", "open_raw", "point_to_source", "spec"]
 
 DATASETS: dict[str, ModuleType] = {
+    "cifar10": cifar10,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "image_folder": image_folder,
