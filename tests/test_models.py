@@ -99,3 +99,35 @@ def test_multiply_accumulates_are_counted_by_hand():
         "dense1": 8 * 8 * 2 * 100,
         "probabilities": 100 * 10,
     }
+
+
+STAGES = {f"stage{i}": {"filters": 4 * 2**i, "stride": 1 if i == 0 else 2} for i in range(3)}
+
+
+def test_a_residual_network_has_projections_where_the_shape_changes():
+    built = network(builder="resnet", stem={"filters": 4}, stages=STAGES, features_pool=2, head={}, head_from="flatten")
+    kinds = [type(layer).__name__ for layer in built.layers]
+    assert kinds.count("Add") == 6
+    assert kinds.count("Conv2D") == 1 + 6 * 2 + 2  # stem, two a block, two projections
+    assert built.get_layer("stage0_block1_add").output.shape[1:] == (14, 14, 4)
+    assert built.get_layer("stage2_block2_add").output.shape[1:] == (4, 4, 16)
+    assert built.get_layer("features").output.shape[1:] == (2 * 2 * 16,)
+
+
+def test_weight_decay_of_the_head_may_differ():
+    built = network(builder="resnet", stem={"filters": 4}, stages=STAGES, l2=0.5, head_l2=0)
+    decayed = {layer.name for layer in built.layers if getattr(layer, "kernel_regularizer", None)}
+    assert decayed == {layer.name for layer in built.layers if isinstance(layer, keras.layers.Conv2D)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blocks": {"one": {"filters": 4}}, "head_from": "global_average"},
+        {"builder": "resnet", "stem": {"filters": 4}, "stages": STAGES},
+    ],
+)
+def test_a_network_for_pictures_of_any_size(settings):
+    built = network(any_size=True, **settings)
+    for height, width in ((28, 28), (36, 30)):
+        assert built.predict(np.zeros((2, height, width, 1), np.uint8), verbose=0).shape == (2, 10)

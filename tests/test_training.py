@@ -46,6 +46,10 @@ VARIED = {
     "augmented": {"input": {"augment": {"RandomFlip": {}, "RandomRotation": {"factor": 0.1}}}},
     "normalised": {"model": {"normalization": "batch", "convolutions": 2, "padding": "same", "head_dropout": 0.5}},
     "perceptron": {"model": {"builder": "mlp", "blocks": None, "dropout": None, "head_dropout": 0.2}},
+    "residual": {
+        "model": {"builder": "resnet", "blocks": None, "dropout": None, "stem": {"filters": 4}}
+        | {"stages": {"one": {"filters": 4}}, "any_size": True}
+    },
     "parts": {"input": {"fraction": 0.5}, "train": {"steps_per_epoch": 5, "optimizer": {"name": "sgd"}}},
     "smoothed": {"train": {"label_smoothing": 0.1, "reduce_lr": {"patience": 0}, "early_stopping": {"patience": 0}}},
     "sparse": {"train": {"loss": "sparse_categorical_crossentropy", "keep": "last", "batch_size": 7}},

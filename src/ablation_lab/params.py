@@ -63,7 +63,7 @@ class Data(Section):
     """The pictures. `image_size` is [height, width] in pixels and `color` the channels; null keeps the data set's own.
     `limit` keeps at most so many pictures of each class in each part, for trying things out."""
 
-    dataset: Literal["digits", "fashion_mnist", "image_folder"]
+    dataset: Literal["digits", "fashion_mnist", "cifar10", "image_folder"]
     path: str | None
     image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     color: Literal["rgb", "grayscale"] | None = None
@@ -99,9 +99,10 @@ class BlockSettings(Section):
 
 
 class DenseSettings(Section):
-    """A dense layer of the head; `dropout` comes from `model.head_dropout` where it is not set."""
+    """A dense layer of the head; `units` and `dropout` come from `model.head_units` and `model.head_dropout` where they
+    are not set."""
 
-    units: Positive
+    units: Positive | None = None
     activation: str | None = None
     normalization: Literal["none", "batch", "layer"] | None = None
     dropout: Rate | None = None
@@ -110,7 +111,8 @@ class DenseSettings(Section):
 class Network(Section):
     """What all builders share: hidden dense layers in `head` (their order counts) and how they are initialised.
 
-    `activation` is the one of every hidden layer, `l2` the weight decay of every convolution and dense kernel.
+    `activation` is the one of every hidden layer, `l2` the weight decay of every convolution and dense kernel,
+    `head_l2` that of the dense ones and the output layer where it differs.
     """
 
     builder: str
@@ -118,13 +120,17 @@ class Network(Section):
     initializer: str = "glorot_uniform"
     l2: float = Field(default=0.0, ge=0)
     head: dict[str, DenseSettings] = {}
+    head_units: Positive | None = None
     head_dropout: Rate = 0.0
+    head_l2: float | None = Field(default=None, ge=0)
 
     def resolved(self) -> dict[str, Any]:
         """The settings with all defaults pushed down into the layers, so that equal networks have equal settings."""
         settings = self.model_dump()
         head_dropout = settings.pop("head_dropout")
         shared = {"activation": settings["activation"], "normalization": "none", "dropout": head_dropout}
+        shared["units"] = settings.pop("head_units")
+        settings["head_l2"] = self.l2 if self.head_l2 is None else self.head_l2
         settings["head"] = [_with_defaults(name, layer, shared) for name, layer in settings["head"].items()]
         del settings["activation"]
         return settings
@@ -139,7 +145,8 @@ class Mlp(Network):
 class Cnn(Network):
     """Blocks of convolutions, each with normalisation, activation, pooling and dropout; then the head.
 
-    `head_from` says how the last block becomes a vector, `features_dropout` drops from that vector.
+    `head_from` says how the last block becomes a vector, `features_dropout` drops from that vector. `any_size` makes a
+    network for pictures of any height and width; it needs global pooling.
     """
 
     builder: Literal["cnn"]
@@ -156,6 +163,7 @@ class Cnn(Network):
     dropout: Rate = 0.0
     head_from: Literal["flatten", "global_average", "global_max"] = "flatten"
     features_dropout: Rate = 0.0
+    any_size: bool = False
 
     def resolved(self) -> dict[str, Any]:
         shared = {key: getattr(self, key) for key in BlockSettings.model_fields}
@@ -167,7 +175,43 @@ class Cnn(Network):
         return {key: value for key, value in settings.items() if key not in shared}
 
 
-BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp}
+class Stem(Section):
+    """What a residual network starts with: one convolution, normalised, and max pooling (`pool: 1` pools nothing)."""
+
+    filters: Positive = 64
+    kernel: Positive = 7
+    stride: Positive = 2
+    pool: Positive = 1
+    pool_stride: Positive = 2
+
+
+class Stage(Section):
+    """So many residual blocks of two 3×3 convolutions; the first block has the stride, and a 1×1 projection beside it
+    where the stride or the number of filters changes the shape."""
+
+    filters: Positive
+    blocks: Positive = 2
+    stride: Positive = 1
+
+
+class Resnet(Network):
+    """A residual network. `features_pool` averages over windows before `head_from` makes the vector for the head."""
+
+    builder: Literal["resnet"]
+    stem: Stem = Stem()
+    stages: dict[str, Stage] = Field(min_length=1)
+    features_pool: Positive = 1
+    head_from: Literal["flatten", "global_average", "global_max"] = "global_average"
+    features_dropout: Rate = 0.0
+    any_size: bool = False
+
+    def resolved(self) -> dict[str, Any]:
+        settings = super().resolved() | {"activation": self.activation}
+        settings["stages"] = [{"name": name} | stage.model_dump() for name, stage in self.stages.items()]
+        return settings
+
+
+BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp, "resnet": Resnet}
 
 
 class Optimizer(Section):
@@ -410,7 +454,7 @@ def _differences(left: Any, right: Any, path: tuple[str, ...]) -> Iterator[dict[
         for key in [*left, *(key for key in right if key not in left)]:
             yield from _differences(left.get(key), right.get(key), (*path, str(key)))
         shared = [key for key in left if key in right]
-        if path[-1:] in (("blocks",), ("head",)) and shared != [key for key in right if key in left]:
+        if path[-1:] in (("blocks",), ("head",), ("stages",)) and shared != [key for key in right if key in left]:
             yield {"path": ".".join((*path, "order")), "baseline": list(left), "variant": list(right)}
     elif left != right:
         yield {"path": ".".join(path), "baseline": left, "variant": right}
@@ -422,7 +466,7 @@ def _inherited(settings: dict[str, Any], path: str) -> Any:
         case ["model", "blocks", _, key]:
             return settings["model"].get(key)
         case ["model", "head", _, key]:
-            return settings["model"].get("head_dropout" if key == "dropout" else key)
+            return settings["model"].get(f"head_{key}" if key in ("dropout", "units") else key)
     return None
 
 
@@ -475,7 +519,13 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
             kind = block.convolution or network.convolution
             if kind != "depthwise" and not (block.filters or network.filters):
                 problems.add(place(("model", "blocks", key, "filters")), "the number of filters", None)
-    for part in ("blocks", "head"):
+    if network is not None:
+        for key, layer in network.head.items():
+            if not (layer.units or network.head_units):
+                problems.add(place(("model", "head", key, "units")), "the number of units", None)
+    if getattr(network, "any_size", False) and getattr(network, "head_from", "") == "flatten":
+        problems.add(place(("model", "head_from")), "global_average or global_max, as any_size is set", "flatten")
+    for part in ("blocks", "head", "stages"):
         for key in getattr(network, part, {}):
             if not SLUG.fullmatch(str(key)):
                 expected = "a layer's name of letters, digits, - and _, a letter first"

@@ -216,7 +216,9 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
     after hours of others stops the plan."""
     settings = variant.resolved()
     try:
-        network = models.build(settings["model"], settings["input"]["rescale"], image_shape, classes)
+        # A network for pictures of any size is sized at that of the data.
+        model = settings["model"] | {"any_size": False}
+        network = models.build(model, settings["input"]["rescale"], image_shape, classes)
         pictures = np.zeros((2, *image_shape), np.uint8)
         for layer in optimization.augmentation(settings["input"]["augment"]):
             changed = layer(pictures, training=True)

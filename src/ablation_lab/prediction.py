@@ -13,6 +13,8 @@ from ablation_lab.errors import LabError
 def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> list[dict[str, Any]]:
     """Predict pictures of any size; they are decoded and resized as the study's own were.
 
+    A network that takes any size sees a picture in its own size and aspect ratio.
+
     Args:
         variant: a variant of the current study.
         seed: one of the study's seeds; None takes the first.
@@ -30,7 +32,8 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     if seed not in study.seeds:
         raise LabError(f"--seed: Expected one of {', '.join(map(str, study.seeds))}. Found: {seed}.")
     card = files.read_json(root / "data" / "processed" / "card.json")
-    pictures = [_read(path, study.data, card) for path in images]
+    any_size = getattr(study.variants[variant].model, "any_size", False)
+    pictures = [_read(path, study.data, card, any_size) for path in images]
     folder = cell.folder(variant, seed, root)
     files.read_json(folder / cell.RESULT)
     backend.set_up(study.variants[variant].train.threads)
@@ -44,10 +47,12 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     return found
 
 
-def _read(path: Path, data: params.Data, card: dict[str, Any]) -> np.ndarray:
+def _read(path: Path, data: params.Data, card: dict[str, Any], any_size: bool) -> np.ndarray:
     try:
         with Image.open(path) as image:
             height, width, channels = card["image_shape"]
-            return preprocess.prepare(image, [height, width], "grayscale" if channels == 1 else "rgb", data.resize)
+            return preprocess.prepare(
+                image, None if any_size else [height, width], "grayscale" if channels == 1 else "rgb", data.resize
+            )
     except preprocess.UNREADABLE as error:
         raise LabError(f"{path}: Expected a picture that Pillow can read. Found: {preprocess.reason(error)}") from None

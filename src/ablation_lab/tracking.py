@@ -129,7 +129,7 @@ class CellRun:
         if not self.client:
             return
         signature = ModelSignature(
-            Schema([TensorSpec(np.dtype("uint8"), (-1, *network.input_shape[1:]), "image")]),
+            Schema([TensorSpec(np.dtype("uint8"), tuple(size or -1 for size in network.input_shape), "image")]),
             Schema([TensorSpec(np.dtype("float32"), (-1, len(classes)), "probabilities")]),
         )
         with self._tolerant():

@@ -3,13 +3,8 @@
 from typing import Any
 
 from ablation_lab.backend import keras
-from ablation_lab.models.layers import activation, apply, drop, head, kernel, normalize
+from ablation_lab.models.layers import activation, apply, drop, features, head, kernel, normalize
 
-FEATURES = {
-    "flatten": keras.layers.Flatten,
-    "global_average": keras.layers.GlobalAveragePooling2D,
-    "global_max": keras.layers.GlobalMaxPooling2D,
-}
 POOLS = {"max": keras.layers.MaxPooling2D, "average": keras.layers.AveragePooling2D}
 
 
@@ -17,9 +12,7 @@ def hidden(model: dict[str, Any], x: Any) -> Any:
     """All layers between the rescaled picture and the output layer."""
     for block in model["blocks"]:
         x = _block(model, block, x)
-    x = apply(FEATURES[model["head_from"]](name="features"), x)
-    x = drop(model["features_dropout"], x, "features_dropout")
-    return head(model, x)
+    return head(model, features(model, x))
 
 
 def _block(model: dict[str, Any], block: dict[str, Any], x: Any) -> Any:

@@ -82,11 +82,23 @@ def drop(rate: float, x: Any, name: str) -> Any:
     return apply(keras.layers.Dropout(rate, name=name), x) if rate else x
 
 
+FEATURES = {
+    "flatten": keras.layers.Flatten,
+    "global_average": keras.layers.GlobalAveragePooling2D,
+    "global_max": keras.layers.GlobalMaxPooling2D,
+}
+
+
+def features(model: dict[str, Any], x: Any) -> Any:
+    """What the convolutions found as one vector, with its dropout."""
+    return drop(model["features_dropout"], apply(FEATURES[model["head_from"]](name="features"), x), "features_dropout")
+
+
 def head(model: dict[str, Any], x: Any) -> Any:
     """The hidden dense layers: dense, normalisation, activation, dropout."""
     for layer in model["head"]:
         name = layer["name"]
-        x = apply(keras.layers.Dense(layer["units"], name=name, **kernel(model)), x)
+        x = apply(keras.layers.Dense(layer["units"], name=name, **kernel(model | {"l2": model["head_l2"]})), x)
         x = normalize(layer["normalization"], x, f"{name}_norm")
         x = apply(keras.layers.Activation(activation(layer["activation"]), name=f"{name}_activation"), x)
         x = drop(layer["dropout"], x, f"{name}_dropout")
