@@ -42,7 +42,7 @@ def test_use_switches_and_refuses_to_drop_edits(folder: Path):
 
     unknown = run(folder, "ablab", "use", "quickstrat")
     assert unknown.returncode == 1
-    assert "Expected one of fashion_layers, quickstart" in unknown.stderr
+    assert "fashion_layers, fashion_resnet, quickstart. Found: quickstrat." in unknown.stderr
     write_params(folder, TINY)
 
 

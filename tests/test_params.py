@@ -73,11 +73,19 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (("model", "droput"), 0.3, "model.droput: Expected one of the keys builder, activation"),
         (("model", "droput"), 0.3, "Did you mean dropout?"),
         (("model", "dropout"), 1.3, "model.dropout: Expected a value less than 1. Found: 1.3."),
-        (("model", "builder"), "cmn", 'model.builder: Expected one of cnn, mlp. Found: "cmn". Did you mean cnn?'),
+        (
+            ("model", "builder"),
+            "cmn",
+            'Expected one of cnn, mlp, resnet. Found: "cmn". Did you mean cnn?',
+        ),
         (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),
         (("train", "epochs"), 1.5, "train.epochs: Expected a valid integer"),
         (("train", "epochs"), True, "train.epochs: Expected a valid integer. Found: true."),
-        (("data", "dataset"), "digit", "data.dataset: Expected 'digits', 'fashion_mnist' or 'image_folder'."),
+        (
+            ("data", "dataset"),
+            "digit",
+            "Expected 'digits', 'fashion_mnist', 'cifar10' or 'image_folder'.",
+        ),
         (("data", "split", "test"), 2, "data.split.test: Expected 'given' or a value less than 1. Found: 2."),
         (
             ("data", "split"),
@@ -163,7 +171,7 @@ def test_a_ready_made_study_is_valid_and_called_like_its_file(path: Path):
     study = params.load(path)
     assert study.study.name == path.stem
     assert study.study.title
-    assert len(study.variants) > 1
+    assert study.study.source
 
 
 def test_differences_are_in_the_users_terms():
