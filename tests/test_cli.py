@@ -42,7 +42,13 @@ def test_use_switches_and_refuses_to_drop_edits(folder: Path):
 
     unknown = run(folder, "ablab", "use", "quickstrat")
     assert unknown.returncode == 1
-    assert "fashion_layers, fashion_resnet, quickstart. Found: quickstrat." in unknown.stderr
+    assert "fashion_resnet, quickstart, or a study's file. Found: quickstrat." in unknown.stderr
+    write_params(folder, TINY)
+
+
+@pytest.fixture(autouse=True)
+def tiny(folder: Path) -> None:
+    """Each test starts with the tiny study as the current one."""
     write_params(folder, TINY)
 
 

@@ -46,7 +46,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 def finished_twin(cells: Path, here: Path, wanted: str) -> Path | None:
     """Another folder that holds the finished cell with this hash: a variant that resolves to the same network."""
-    for result in sorted(cells.glob(f"*/seed-*/{RESULT}")):
+    for result in sorted(cells.glob(f"*/seed-*[0-9]/{RESULT}")):  # not the .part of another process
         if result.parent == here:
             continue
         try:
