@@ -17,7 +17,7 @@ from ablation_lab.params import Params, Variant
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
 # thread, for a first guess where nothing has been trained yet; both seen on a 2-core machine.
 START_UP_SECONDS = 12
-MACS_A_SECOND = 3e9
+MACS_A_SECOND = 5e9
 
 
 def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> dict[str, dict[str, Any]]:
