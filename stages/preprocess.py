@@ -1,9 +1,8 @@
 """Stage `preprocess`: data/raw → uint8 arrays, the indices of the parts and a data card in data/processed."""
 
-import json
 from pathlib import Path
 
-from ablation_lab import errors, params
+from ablation_lab import errors, files, params
 from ablation_lab.preprocess import PARTS, preprocess
 
 OUT = Path("data/processed")
@@ -11,7 +10,7 @@ OUT = Path("data/processed")
 
 def main() -> None:
     preprocess(params.load().data, Path("data/raw"), OUT)
-    card = json.loads((OUT / "card.json").read_text(encoding="utf-8"))
+    card = files.read_json(OUT / "card.json")
     counts = ", ".join(f"{part} {card['counts'][part]}" for part in PARTS)
     shape = "×".join(map(str, card["image_shape"]))
     print(f"{OUT}: {card['name']}, {len(card['classes'])} classes, pictures of {shape}; {counts}")

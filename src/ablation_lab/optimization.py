@@ -15,13 +15,14 @@ def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
         LabError: for a name or an argument that Keras doesn't know.
     """
     arguments = {key: value for key, value in settings.items() if key != "name"}
-    return _construct(_find(settings["name"], keras.optimizers.Optimizer, "train.optimizer.name"), arguments)
+    return _construct(_find(settings["name"]), arguments)
 
 
-def _find(name: str, kind: type, where: str) -> type:
-    known = {key.lower(): one for key, one in vars(keras.optimizers).items() if _is_concrete(one, kind)}
+def _find(name: str) -> type:
+    base = keras.optimizers.Optimizer
+    known = {key.lower(): one for key, one in vars(keras.optimizers).items() if _is_concrete(one, base)}
     if name.lower() not in known:
-        raise LabError(f"{where}: Expected a Keras optimizer. Found: {name}.{_nearest(name, list(known))}")
+        raise LabError(f"train.optimizer.name: Expected a Keras optimizer. Found: {name}.{_nearest(name, list(known))}")
     return known[name.lower()]
 
 

@@ -157,11 +157,10 @@ class CellRun:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
+        # A store can fail in ways that MLflow, SQLAlchemy and the network each name differently.
         try:
             yield
-        except (
-            Exception
-        ) as error:  # a store can fail in ways that MLflow, SQLAlchemy and the network each name differently
+        except Exception as error:
             self.client = None
             print(f"warning: MLflow does not take {self.identity.name}: {_first_line(error)}", file=sys.stderr)
 
