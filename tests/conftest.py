@@ -14,6 +14,7 @@ CODE = (
     "dvc.yaml",
     "stages",
     "src",
+    "networks",
     "studies",
     ".dvc/config",
     ".dvc/.gitignore",

@@ -23,6 +23,14 @@ def test_an_optimizer_gets_its_arguments():
         ),
         ({"name": "adam", "nesterov": True}, "A variant drops an inherited one with `nesterov: null`."),
         ({"name": "sgd", "momentum": 7}, "train.optimizer: Expected arguments that SGD takes."),
+        (
+            {"name": "sgd", "learning_rate": {"name": "CosinDecay"}},
+            "train.optimizer.learning_rate.name: Expected a Keras schedule. Found: CosinDecay. Did you",
+        ),
+        (
+            {"name": "sgd", "learning_rate": {"name": "CosineDecay", "steps": 3}},
+            "train.optimizer.learning_rate.steps: Expected an argument of CosineDecay. Found: steps.",
+        ),
     ],
 )
 def test_an_optimizer_that_keras_does_not_know_is_told(settings, message):

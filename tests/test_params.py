@@ -76,7 +76,8 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (
             ("model", "builder"),
             "cmn",
-            'Expected one of cnn, mlp, resnet. Found: "cmn". Did you mean cnn?',
+            "Expected one of cnn, mlp, resnet, or package.module:function for a network of your own. "
+            'Found: "cmn". Did you mean cnn?',
         ),
         (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),
         (("train", "epochs"), 1.5, "train.epochs: Expected a valid integer"),

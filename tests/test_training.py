@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT, TINY, passed, run
 
 from ablation_lab import cell, models, params, preprocess, training
+from ablation_lab.backend import keras
 from ablation_lab.datasets import digits
 
-STEADY = [cell.ARCHITECTURE, cell.HISTORY, cell.PREDICTIONS, cell.WEIGHTS]
+STEADY = [cell.ARCHITECTURE, cell.HISTORY, cell.PREDICTIONS, cell.UNTRAINED, cell.WEIGHTS]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,28 @@ def test_what_a_cell_writes(data, tmp_path):
 
     (tmp_path / cell.RESULT).write_text(json.dumps(result))
     pictures = np.load(data / "images.npy")[np.load(data / "test.npy")]
-    loaded = models.load(tmp_path)
+    loaded = models.load(tmp_path, "cnn")
     np.testing.assert_array_equal(loaded.predict(pictures, verbose=0), network.predict(pictures, verbose=0))
+
+
+def test_the_untrained_networks_probabilities_of_a_few_test_pictures(data, tmp_path):
+    train(data, tmp_path, seed=3)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(3)
+    fresh = models.build(plan_of()["model"], "unit", (8, 8, 1), 10)
+    pictures = np.load(data / "images.npy")[np.load(data / "test.npy")]
+    labels = np.load(data / "labels.npy")[np.load(data / "test.npy")]
+    with np.load(tmp_path / cell.UNTRAINED) as untrained:
+        assert sorted(labels[untrained["positions"]]) == list(range(8))  # the first of each of the first classes
+        expected = fresh.predict(pictures[untrained["positions"]], verbose=0)
+        np.testing.assert_allclose(untrained["probabilities"], expected, rtol=1e-5)
+
+
+def test_a_learning_rate_that_follows_a_schedule(data, tmp_path):
+    rate = {"name": "ExponentialDecay", "initial_learning_rate": 0.01, "decay_steps": 4, "decay_rate": 0.5}
+    settings = {"epochs": 2, "steps_per_epoch": 4, "optimizer": {"name": "sgd", "learning_rate": rate}}
+    _, _, rows = train(data, tmp_path, train=settings)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.005])
 
 
 def test_training_accuracy_is_measured_with_dropout_off_on_the_kept_weights(data, tmp_path):

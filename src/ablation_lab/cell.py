@@ -14,6 +14,7 @@ WEIGHTS = "network.weights.h5"
 ARCHITECTURE = "architecture.json"
 HISTORY = "history.csv"
 PREDICTIONS = "predictions.npz"
+UNTRAINED = "untrained.npz"  # probabilities of a few test pictures before training, and their positions in that part
 RESULT = "cell.json"
 TIMING = "timing.json"
 

@@ -35,6 +35,7 @@ def _project() -> Path:
         raise LabError(
             f"{Path.cwd()}: Expected a folder of an Ablation Lab project. Found: no dvc.yaml there or above."
         )
+    sys.path.insert(0, str(root))  # networks of the user's are imported from here, as stages do
     return root
 
 
@@ -91,7 +92,7 @@ def plan(
     study = params.load(file or root / "params.yaml")
     backend.use_cpu_only()
     image_shape, classes, pictures, data_digest = planning.pictures(study, root)
-    described = planning.describe(study, image_shape, classes)
+    described = planning.describe(study, image_shape, classes, root)
     if as_json:
         print(json.dumps(planning.as_json(study, described), indent=1, ensure_ascii=False))
         return

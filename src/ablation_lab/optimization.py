@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ablation_lab.backend import keras
@@ -15,14 +16,23 @@ def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
         LabError: for a name or an argument that Keras doesn't know.
     """
     arguments = {key: value for key, value in settings.items() if key != "name"}
-    return _construct(_find(settings["name"]), arguments)
+    rate = arguments.get("learning_rate")
+    if isinstance(rate, dict):
+        schedule = {key: value for key, value in rate.items() if key != "name"}
+        where = "train.optimizer.learning_rate"
+        kind = _find(rate["name"], vars(keras.optimizers.schedules), SCHEDULE, where, "schedule")
+        arguments["learning_rate"] = _construct(kind, schedule, where)
+    kind = _find(settings["name"], vars(keras.optimizers), keras.optimizers.Optimizer, "train.optimizer", "optimizer")
+    return _construct(kind, arguments, "train.optimizer")
 
 
-def _find(name: str) -> type:
-    base = keras.optimizers.Optimizer
-    known = {key.lower(): one for key, one in vars(keras.optimizers).items() if _is_concrete(one, base)}
+SCHEDULE = keras.optimizers.schedules.LearningRateSchedule
+
+
+def _find(name: str, among: Mapping[str, Any], base: type, where: str, what: str) -> type:
+    known = {key.lower(): one for key, one in among.items() if _is_concrete(one, base)}
     if name.lower() not in known:
-        raise LabError(f"train.optimizer.name: Expected a Keras optimizer. Found: {name}.{_nearest(name, list(known))}")
+        raise LabError(f"{where}.name: Expected a Keras {what}. Found: {name}.{_nearest(name, list(known))}")
     return known[name.lower()]
 
 
@@ -30,20 +40,20 @@ def _is_concrete(one: Any, kind: type) -> bool:
     return inspect.isclass(one) and issubclass(one, kind) and one is not kind
 
 
-def _construct(kind: type, arguments: dict[str, Any]) -> Any:
+def _construct(kind: type, arguments: dict[str, Any], where: str) -> Any:
     parameters = inspect.signature(kind).parameters
     valid = [name for name in parameters if name not in ("name", "kwargs")]
     for name in arguments:
         if name not in valid:
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"A variant drops an inherited one with `{name}: null`."
-            raise LabError(f"train.optimizer.{name}: Expected an argument of {kind.__name__}. Found: {name}. {hint}")
+            raise LabError(f"{where}.{name}: Expected an argument of {kind.__name__}. Found: {name}. {hint}")
         if isinstance(parameters[name].default, float) and type(arguments[name]) is int:
             arguments[name] = float(arguments[name])  # Keras refuses `momentum: 0`
     try:
         return kind(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LabError(f"train.optimizer: Expected arguments that {kind.__name__} takes. Found: {error}") from None
+        raise LabError(f"{where}: Expected arguments that {kind.__name__} takes. Found: {error}") from None
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -211,7 +211,30 @@ class Resnet(Network):
         return settings
 
 
+class Custom(Section):
+    """A network that a function of the user's builds, `package.module:function`; every other key but `any_size` is an
+    argument of that function."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    builder: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+    any_size: bool = False
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings as they are: only the function knows their meaning."""
+        return self.model_dump()
+
+
 BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp, "resnet": Resnet}
+
+
+class Schedule(Section):
+    """A Keras learning-rate schedule by its own name; every other key is an argument of its constructor. It counts in
+    steps, not epochs."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    name: str
 
 
 class Optimizer(Section):
@@ -220,7 +243,7 @@ class Optimizer(Section):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     name: Annotated[str, AfterValidator(str.lower)] = "adam"
-    learning_rate: float = Field(default=0.001, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Schedule = 0.001
 
 
 class EarlyStopping(Section):
@@ -323,7 +346,7 @@ class Variant:
     reported: dict[str, float]
     compared_with: str | None
     input: Input
-    model: Network
+    model: Network | Custom
     train: Train
 
     def settings(self) -> dict[str, Any]:
@@ -505,11 +528,14 @@ def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -
             _check_removals(inside, value, (*here, key), problems)
 
 
-def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Network, Train] | None:
+def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Network | Custom, Train] | None:
     name = merged["model"].get("builder") if isinstance(merged["model"], dict) else None
-    builder = BUILDERS.get(name) if isinstance(name, str) else None
+    builder: type[Section] | None = BUILDERS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and ":" in name:
+        builder = Custom
     if builder is None:
-        problems.add(place(("model", "builder")), f"one of {', '.join(BUILDERS)}", name, list(BUILDERS))
+        expected = f"one of {', '.join(BUILDERS)}, or package.module:function for a network of your own"
+        problems.add(place(("model", "builder")), expected, name, list(BUILDERS))
         return None
     checked_input = problems.check(Input, merged["input"], ("input",), place)
     network = problems.check(builder, _without_nulls(merged["model"]), ("model",), place)
@@ -519,13 +545,16 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
             kind = block.convolution or network.convolution
             if kind != "depthwise" and not (block.filters or network.filters):
                 problems.add(place(("model", "blocks", key, "filters")), "the number of filters", None)
-    if network is not None:
+    if isinstance(network, Network):
         for key, layer in network.head.items():
             if not (layer.units or network.head_units):
                 problems.add(place(("model", "head", key, "units")), "the number of units", None)
+    if train is not None and train.reduce_lr and isinstance(train.optimizer.learning_rate, Schedule):
+        expected = "no reduce_lr beside a schedule of the learning rate, or a learning rate that is a number"
+        problems.add(place(("train", "reduce_lr")), expected, train.reduce_lr.model_dump())
     if getattr(network, "any_size", False) and getattr(network, "head_from", "") == "flatten":
         problems.add(place(("model", "head_from")), "global_average or global_max, as any_size is set", "flatten")
-    for part in ("blocks", "head", "stages"):
+    for part in ("blocks", "head", "stages") if isinstance(network, Network) else ():
         for key in getattr(network, part, {}):
             if not SLUG.fullmatch(str(key)):
                 expected = "a layer's name of letters, digits, - and _, a letter first"

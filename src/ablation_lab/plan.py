@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tabulate import tabulate
 from ablation_lab import cell, datasets, files, models, optimization, params
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
+from ablation_lab.models import custom
 from ablation_lab.params import Params, Variant
 
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
@@ -20,7 +22,9 @@ START_UP_SECONDS = 12
 MACS_A_SECOND = 5e9
 
 
-def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> dict[str, dict[str, Any]]:
+def describe(
+    study: Params, image_shape: tuple[int, int, int], classes: int, root: Path = Path()
+) -> dict[str, dict[str, Any]]:
     """Build every variant's network and say what it is.
 
     Args:
@@ -42,15 +46,18 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
         try:
             json.dumps(variant.resolved(), allow_nan=False)
             network = _build(variant, image_shape, classes)
+            fixed = settings(variant, root)
         except LabError as error:
             problems.setdefault(str(error), []).append(name)
             continue
         except (TypeError, ValueError) as error:
             problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
             continue
-        layers = [_layer(layer) for layer in network.layers]
+        layers = [_layer(layer) for layer in _flat(network)]
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
         lints = [] if twin == name else [f"{name} is the same network as {twin}, trained the same way"]
+        if "code" in fixed and (unseen := custom.lint(fixed["code"])):
+            lints.append(unseen)
         found[name] = {
             "parameters": network.count_params(),
             "trainable_parameters": sum(_size(weight) for weight in network.trainable_weights),
@@ -58,7 +65,7 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
             "differences": params.differences(study.baseline, variant),
             "layers": layers,
             "lints": lints,
-            "plan_hash": plan_hash(variant),
+            "plan_hash": params.digest(params.canonical_json(fixed)),
         }
     if problems:
         # What is wrong in the base is wrong in every variant, and said once.
@@ -66,9 +73,11 @@ def describe(study: Params, image_shape: tuple[int, int, int], classes: int) -> 
     return found
 
 
-def plan_hash(variant: Variant) -> str:
-    """The sha256 of `plan/<variant>.json`."""
-    return params.digest(params.canonical_json(variant.resolved()))
+def settings(variant: Variant, root: Path) -> dict[str, Any]:
+    """What `plan/<variant>.json` holds: the resolved configuration and, for a network of the user's, its source files
+    with their sha256."""
+    found = variant.resolved()
+    return found | {"code": custom.sources(variant.model.builder, root)} if ":" in variant.model.builder else found
 
 
 def write(study: Params, described: dict[str, dict[str, Any]], root: Path = Path()) -> None:
@@ -79,7 +88,8 @@ def write(study: Params, described: dict[str, dict[str, Any]], root: Path = Path
     with files.whole(root / "plan") as folder:
         (folder / "networks").mkdir()
         for name, variant in study.variants.items():
-            (folder / f"{name}.json").write_text(params.canonical_json(variant.resolved()), encoding="utf-8")
+            text = params.canonical_json(settings(variant, root))
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
             text = params.canonical_json(described[name])
             (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
     wanted = {cell.folder(name, seed, root) for name, seed in study.cells}
@@ -214,23 +224,25 @@ def _change(difference: dict[str, Any]) -> str:
 def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
     """Build a network, and use once everything of Keras' that is only named in the study: what would stop a training
     after hours of others stops the plan."""
-    settings = variant.resolved()
+    chosen = variant.resolved()
     try:
         # A network for pictures of any size is sized at that of the data.
-        model = settings["model"] | {"any_size": False}
-        network = models.build(model, settings["input"]["rescale"], image_shape, classes)
+        model = chosen["model"] | {"any_size": False}
+        network = models.build(model, chosen["input"]["rescale"], image_shape, classes)
         pictures = np.zeros((2, *image_shape), np.uint8)
-        for layer in optimization.augmentation(settings["input"]["augment"]):
+        if ":" in model["builder"]:
+            custom.check(network, pictures, classes, model["builder"])
+        for layer in optimization.augmentation(chosen["input"]["augment"]):
             changed = layer(pictures, training=True)
             if tuple(changed.shape) != pictures.shape:
                 name, shape = type(layer).__name__, "×".join(map(str, changed.shape[1:]))
                 raise LabError(f"input.augment.{name}: Expected pictures of the same shape. Found: {shape}.")
-        optimizer = optimization.optimizer(settings["train"]["optimizer"])
+        optimizer = optimization.optimizer(chosen["train"]["optimizer"])
         weight = keras.Variable(np.zeros((2, 2), np.float32))
         optimizer.apply([np.ones((2, 2), np.float32)], [weight])
         labels = np.zeros(2, np.int32)
-        one_hot = keras.ops.one_hot(labels, classes) if optimization.takes_one_hot(settings["train"]) else labels
-        value = optimization.loss(settings["train"])(one_hot, np.full((2, classes), 1 / classes, np.float32))
+        one_hot = keras.ops.one_hot(labels, classes) if optimization.takes_one_hot(chosen["train"]) else labels
+        value = optimization.loss(chosen["train"])(one_hot, np.full((2, classes), 1 / classes, np.float32))
         if tuple(value.shape):
             raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
     except LabError:
@@ -244,11 +256,22 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
 def _fingerprint(network: keras.Model, variant: Variant) -> str:
     """Equal for networks that differ in names alone and are fed and trained in the same way."""
     layers = []
-    for layer in network.layers:
+    for layer in _flat(network):
         config = {key: value for key, value in layer.get_config().items() if key != "name"}
         layers.append([type(layer).__name__, config])
-    settings = variant.resolved()
-    return json.dumps([layers, settings["input"], settings["train"]], sort_keys=True, default=str)
+    chosen = variant.resolved()
+    # How the layers of a user's own network are wired is for its function to say.
+    wiring = chosen["model"] if ":" in variant.model.builder else None
+    return json.dumps([layers, wiring, chosen["input"], chosen["train"]], sort_keys=True, default=str)
+
+
+def _flat(network: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers of a network, those of networks inside it in their place."""
+    for layer in network.layers:
+        if isinstance(layer, keras.Sequential) or hasattr(layer, "operations"):
+            yield from (inner for inner in _flat(layer) if not isinstance(inner, keras.layers.InputLayer))
+        else:
+            yield layer
 
 
 def _layer(layer: keras.layers.Layer) -> dict[str, Any]:

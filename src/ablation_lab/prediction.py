@@ -37,7 +37,7 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     folder = cell.folder(variant, seed, root)
     files.read_json(folder / cell.RESULT)
     backend.set_up(study.variants[variant].train.threads)
-    network = models.load(folder)
+    network = models.load(folder, study.variants[variant].model.builder)
     found = []
     for path, picture in zip(images, pictures, strict=True):
         probabilities = network.predict(picture[np.newaxis], verbose=0)[0].astype(float)

@@ -18,6 +18,7 @@ from ablation_lab import backend, cell, files, models, optimization, pipeline, t
 from ablation_lab.backend import keras
 
 PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
+SHOWN = 8  # test pictures whose probabilities are also written for the untrained network
 
 # Seconds between two pictures of the progress bar; a log file needn't grow by the second.
 SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 10
@@ -44,7 +45,7 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
         if twin:
             print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
             take_over(twin, out)
-            network, result = models.load(out), files.read_json(out / cell.RESULT)
+            network, result = models.load(out, plan["model"]["builder"]), files.read_json(out / cell.RESULT)
             for row in cell.history(out):
                 run.epoch(row)
         else:
@@ -93,6 +94,7 @@ def train(
         metrics=["accuracy"],
         jit_compile=backend.compile_with_xla(),
     )
+    untrained = network.get_weights()
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None, report)
     trainer.fit(
         pipeline.training_batches(arrays, shuffled, 0, settings["epochs"], one_hot),
@@ -103,9 +105,13 @@ def train(
         shuffle=False,  # the batches come shuffled
         verbose=0,
     )
-    recorder.restore_kept_weights()
 
     # Fitting and model selection are over. Only now the test pictures are looked at, and nothing is scored on them.
+    shown = first_of_each_class(arrays.labels[arrays.test])
+    kept = recorder.kept()
+    network.set_weights(untrained)
+    before = network.predict(pipeline.ordered_batches(arrays, arrays.test[shown], PREDICTION_BATCH, one_hot), verbose=0)
+    trainer.set_weights(kept)
     predictions = {}
     for part in ("validation", "test"):
         indices = getattr(arrays, part)
@@ -120,6 +126,7 @@ def train(
     history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})
     history.to_csv(out / cell.HISTORY, index=False, lineterminator="\n")
     np.savez(out / cell.PREDICTIONS, **predictions)
+    np.savez(out / cell.UNTRAINED, positions=shown, probabilities=before)
     result = {
         "status": "diverged" if recorder.diverged else "ok",
         "epochs": len(recorder.history),
@@ -135,6 +142,12 @@ def train(
     }
     files.write_json(out / cell.TIMING, timing)
     return network, result
+
+
+def first_of_each_class(labels: np.ndarray) -> np.ndarray:
+    """Positions of a few pictures, the same in every cell of a study: the first of each of the first classes."""
+    positions = np.unique(labels, return_index=True)[1]
+    return np.sort(positions[:SHOWN]).astype(np.int64)
 
 
 def take_over(twin: Path, out: Path) -> None:
@@ -185,10 +198,11 @@ class Recorder(keras.callbacks.Callback):
             self.kept_weights = self.model.get_weights()
         self.report(row | {"epoch_seconds": self.seconds[-1]})
 
-    def restore_kept_weights(self) -> None:
-        """Put the best epoch's weights back; a diverged network keeps its last ones, broken as they are."""
-        if self.kept_weights is not None and not self.diverged:
-            self.model.set_weights(self.kept_weights)
+    def kept(self) -> list[np.ndarray]:
+        """The weights to keep: the best epoch's; the last ones of a diverged network, broken as they are."""
+        if self.kept_weights is None or self.diverged:
+            return self.model.get_weights()
+        return self.kept_weights
 
     def _improved(self, value: float) -> bool:
         return math.isnan(self.best) or (value < self.best if self.monitor == "val_loss" else value > self.best)

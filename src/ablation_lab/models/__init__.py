@@ -6,7 +6,7 @@ from typing import Any
 
 from ablation_lab import cell
 from ablation_lab.backend import keras
-from ablation_lab.models import cnn, mlp, resnet
+from ablation_lab.models import cnn, custom, mlp, resnet
 from ablation_lab.models.layers import NetworkError, apply, kernel
 
 __all__ = ["BUILDERS", "NetworkError", "build", "load"]
@@ -37,6 +37,9 @@ def build(model: dict[str, Any], rescale: str, image_shape: Sequence[int | None]
     if rescale in RESCALE:
         scale, offset = RESCALE[rescale]
         x = apply(keras.layers.Rescaling(scale, offset, name="rescale"), x)
+    if ":" in model["builder"]:
+        outputs = apply(custom.network(model, image_shape, classes), x)
+        return keras.Model(inputs, outputs, name="custom")
     x = BUILDERS[model["builder"]](model, x)
     weights = kernel(model | {"l2": model["head_l2"]})
     outputs = apply(keras.layers.Dense(classes, activation="softmax", name="probabilities", **weights), x)
@@ -46,8 +49,10 @@ def build(model: dict[str, Any], rescale: str, image_shape: Sequence[int | None]
         raise NetworkError(f"Expected a name of its own for each block and head layer. Found: {error}") from None
 
 
-def load(folder: Path) -> keras.Model:
-    """The network of a finished cell, with its weights."""
+def load(folder: Path, builder: str) -> keras.Model:
+    """The network of a finished cell, with its weights; `builder` is the one that its plan names."""
+    if ":" in builder:
+        custom.find(builder)  # its module makes layers of the user's known to Keras
     network = keras.models.model_from_json((folder / cell.ARCHITECTURE).read_text(encoding="utf-8"))
     network.load_weights(folder / cell.WEIGHTS)
     return network

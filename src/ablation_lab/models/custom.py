@@ -1,0 +1,140 @@
+"""A network of the user's: `builder: "package.module:function"`.
+
+The function gets the pictures' shape (height, width, channels; None for a size left open), the number of classes and,
+as keyword arguments, the other keys of the study's `model`. It returns a Keras model that takes pictures rescaled as
+`input.rescale` says and gives class probabilities.
+"""
+
+import hashlib
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Sequence
+from modulefinder import ModuleFinder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablation_lab.backend import keras
+from ablation_lab.models.layers import NetworkError
+
+# The folder that dvc.yaml's `plan` depends on.
+FOLDER = "networks"
+
+
+def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: int) -> keras.Model:
+    """Call the user's function and check what it returns.
+
+    Raises:
+        NetworkError: for a function that isn't there, settings that it doesn't take, and whatever it does wrong.
+    """
+    builder = model["builder"]
+    function = find(builder)
+    settings = {key: value for key, value in model.items() if key not in ("builder", "any_size")}
+    try:
+        inspect.signature(function).bind(tuple(image_shape), classes, **settings)
+    except TypeError as error:
+        raise NetworkError(f"{_expected(function, builder)} Found: {error}.") from None
+    try:
+        built = function(tuple(image_shape), classes, **settings)
+    except Exception as error:  # it is the user's code: whatever it raises is told with its place there
+        raise NetworkError(f"model.builder {builder}: Expected a network. Found: {_told(error)}") from error
+    if not isinstance(built, keras.Model):
+        raise NetworkError(f"model.builder {builder}: Expected a keras.Model. Found: {type(built).__name__}.")
+    return built
+
+
+def check(network: keras.Model, pictures: np.ndarray, classes: int, builder: str) -> None:
+    """Use a network once as training and predicting will: probabilities come out, and Keras can save and load it.
+
+    Args:
+        network: takes raw pictures.
+        pictures: a few of the right shape.
+
+    Raises:
+        NetworkError: telling what is wrong with it.
+    """
+    try:
+        copy = keras.models.model_from_json(network.to_json())
+        copy.set_weights(network.get_weights())
+        outputs = copy(pictures).numpy()
+    except Exception as error:  # Keras names what it can't save in many ways
+        raise NetworkError(
+            f"model.builder {builder}: Expected a network that Keras can save and load; layers of your own need "
+            f"@keras.saving.register_keras_serializable() and get_config(). Found: {_told(error)}"
+        ) from error
+    if outputs.shape != (len(pictures), classes) or not np.allclose(outputs.sum(axis=1), 1, atol=1e-3):
+        raise NetworkError(
+            f"model.builder {builder}: Expected probabilities of {classes} classes, as a last layer "
+            f'Dense(classes, activation="softmax") gives them. Found: shape {outputs.shape[1:]}, '
+            f"a sum of {outputs[0].sum():.3g}."
+        )
+
+
+def find(builder: str) -> Callable[..., Any]:
+    """Import the function; custom layers that its module registers are known to Keras afterwards."""
+    module_name, _, function_name = builder.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise NetworkError(
+            f"model.builder: Expected a module that can be imported, such as {FOLDER}.mine for {FOLDER}/mine.py. "
+            f"Found: {module_name}: {_told(error)}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        own = [name for name, one in inspect.getmembers(module, inspect.isfunction) if one.__module__ == module_name]
+        raise NetworkError(
+            f"model.builder: Expected a function of {module_name}: {', '.join(own) or 'it has none'}. "
+            f"Found: {function_name}."
+        )
+    return function
+
+
+def sources(builder: str, root: Path) -> dict[str, str]:
+    """The user's source files that a builder's module imports, itself included, each with its sha256.
+
+    Only files below the root count: what is installed is part of the environment.
+    """
+    finder = ModuleFinder(path=[str(root.resolve())])
+    try:
+        finder.import_hook(builder.partition(":")[0])
+    except (ImportError, SyntaxError):
+        return {}  # find() says why
+    paths = {Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))}
+    return {
+        path.relative_to(root.resolve()).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(paths)
+    }
+
+
+def lint(sources: dict[str, str]) -> str | None:
+    """A warning where DVC can't see that the builder's code changes."""
+    unseen = [path for path in sources if not path.startswith(f"{FOLDER}/")]
+    if sources and not unseen:
+        return None
+    where = ", ".join(unseen) or "an installed package"
+    return f"its network comes from {where}: DVC notices changes of files in {FOLDER}/ only"
+
+
+def _expected(function: Callable[..., Any], builder: str) -> str:
+    return (
+        f"model.builder {builder}: Expected settings that fit {builder.partition(':')[2]}{inspect.signature(function)}."
+    )
+
+
+def _told(error: Exception) -> str:
+    """An error in the user's words: its type, its first line, and the last place in a file that isn't a library's."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {first}{place}"
+
+
+def _is_own(filename: str) -> bool:
+    return (
+        Path(filename).is_file()
+        and not {"site-packages", "ablation_lab"} & set(Path(filename).parts)
+        and ("importlib" not in filename)
+    )
