@@ -58,6 +58,8 @@ def write(root: Path, made: params.Params, classes=10, pictures=200, epochs=6, s
                 {
                     "name": "block1_conv",
                     "type": "Conv2D",
+                    "detail": "3×3, same",
+                    "inputs": [],
                     "output_shape": [8, 8, 8],
                     "parameters": 80,
                     "macs": 4608,
@@ -65,6 +67,8 @@ def write(root: Path, made: params.Params, classes=10, pictures=200, epochs=6, s
                 {
                     "name": "output",
                     "type": "Dense",
+                    "detail": "softmax",
+                    "inputs": ["block1_conv"],
                     "output_shape": [len(names)],
                     "parameters": 5130,
                     "macs": 5120,
@@ -121,6 +125,9 @@ def cell(root: Path, name: str, seed: int, classes: int, pictures: int, epochs: 
         arrays[f"{part}_probabilities"] = (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
         arrays[f"{part}_labels"] = labels
     np.savez(folder / "predictions.npz", **arrays)
+    positions = np.arange(min(8, classes, pictures))
+    untrained = np.full((len(positions), classes), 1 / classes, np.float32)
+    np.savez(folder / "untrained.npz", positions=positions, probabilities=untrained)
     x = np.arange(1, epochs + 1)
     jitter = random.normal(size=(2, epochs)) * 0.01
     with (folder / "history.csv").open("w", newline="") as file:

@@ -7,15 +7,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import fabricate
+import numpy as np
+import pandas as pd
 import pytest
+from sklearn.metrics import classification_report
 
 from ablation_lab import evaluation
 from ablation_lab.errors import LabError
-from ablation_lab.report import figures, pages, write_report
+from ablation_lab.report import figures, pages, results, write_report
 
 NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
 VOID = {"meta", "img", "br", "wbr"}
-FIGURES = {"accuracy", "difference", "curves", "train_validation", "confusions", "samples", "histogram"}
+FIGURES = {"accuracy", "difference", "curves", "train_validation", "gap", "confusions", "probabilities"}
+FIGURES |= {"samples", "histogram"}
+# Of the variants of `usual`.
+FIGURES |= {f"{kind}_{name}" for kind in ("mistakes", "network") for name in ("baseline", "no_dropout", "big_pool")}
 
 
 def make(root, study, **data):
@@ -68,11 +74,11 @@ def usual(tmp_path_factory):
 
 
 def test_results_keep_the_contract(usual):
-    results, _, _ = reports(usual[0])
-    assert list(results) == ["study", "baseline", "data", "variants"]
-    assert set(results["data"]) == {"name", "classes", "counts", "digest"}
-    assert list(results["variants"]) == ["baseline", "no_dropout", "big_pool"]
-    for variant in results["variants"].values():
+    found, _, _ = reports(usual[0])
+    assert list(found) == ["study", "baseline", "data", "variants"]
+    assert set(found["data"]) == {"name", "classes", "counts", "digest"}
+    assert list(found["variants"]) == ["baseline", "no_dropout", "big_pool"]
+    for variant in found["variants"].values():
         keys = {"parameters", "macs", "differences", "reported", "cells", "test_accuracy", "delta"}
         assert set(variant) == keys
         assert list(variant["cells"]) == ["0", "1", "2"]
@@ -80,10 +86,10 @@ def test_results_keep_the_contract(usual):
         assert all(set(cell) == keys | {"test_loss", "macro_f1"} for cell in variant["cells"].values())
         assert set(variant["test_accuracy"]) == {"mean", "std", "ci95"}
         assert set(variant["delta"]) == {"mean", "ci95", "p_adjusted", "verdict"}
-    assert set(results["variants"]["baseline"]["delta"].values()) == {None}
-    assert results["variants"]["big_pool"]["delta"]["verdict"] == "worse"
-    assert results["variants"]["no_dropout"]["reported"] == {"test_accuracy": 0.7286, "seconds": 298.71, "epochs": 200}
-    assert results["variants"]["no_dropout"]["differences"] == [
+    assert set(found["variants"]["baseline"]["delta"].values()) == {None}
+    assert found["variants"]["big_pool"]["delta"]["verdict"] == "worse"
+    assert found["variants"]["no_dropout"]["reported"] == {"test_accuracy": 0.7286, "seconds": 298.71, "epochs": 200}
+    assert found["variants"]["no_dropout"]["differences"] == [
         {"path": "model.dropout", "baseline": 0.5, "variant": 0.01}
     ]
 
@@ -111,9 +117,9 @@ def test_html_is_one_file_that_nests_and_is_accessible(usual):
 
 
 def test_both_pages_say_what_was_found(usual):
-    results, html, markdown = reports(usual[0])
+    found, html, markdown = reports(usual[0])
     words = "".join(Page(html).words)
-    delta = results["variants"]["big_pool"]["delta"]
+    delta = found["variants"]["big_pool"]["delta"]
     low = f"{100 * delta['ci95'][0]:.1f}".replace("-", "−")
     for text in (words, markdown):
         assert "What does dropout do?" in text and "A second paragraph." in text
@@ -159,19 +165,19 @@ def test_names_are_never_trusted(tmp_path):
 
 def test_one_variant_with_one_seed(tmp_path):
     text = make(tmp_path, fabricate.study(("baseline",), seeds=(7,)), classes=2, epochs=1, pictures=40)
-    results, html, markdown = reports(tmp_path)
-    cell = results["variants"]["baseline"]["cells"]["7"]
+    found, html, markdown = reports(tmp_path)
+    cell = found["variants"]["baseline"]["cells"]["7"]
     assert {"precision", "recall", "roc_auc"} <= set(cell)
-    assert results["variants"]["baseline"]["test_accuracy"]["ci95"] is None
+    assert found["variants"]["baseline"]["test_accuracy"]["ci95"] is None
     assert "One seed was trained" in html and "ROC AUC" in markdown and "baseline" in text
 
 
 def test_everything_diverged(tmp_path):
     study = fabricate.study(("baseline", "other"), seeds=(0, 1))
     make(tmp_path, study, classes=3, pictures=30, diverged=study.cells)
-    results, html, _ = reports(tmp_path)
-    assert results["variants"]["other"]["delta"]["verdict"] == "diverged"
-    assert results["variants"]["other"]["test_accuracy"] == {"mean": None, "std": None, "ci95": None}
+    found, html, _ = reports(tmp_path)
+    assert found["variants"]["other"]["delta"]["verdict"] == "diverged"
+    assert found["variants"]["other"]["test_accuracy"] == {"mean": None, "std": None, "ci95": None}
     assert "The baseline diverged, so nothing can be compared with it." in html
     assert "training diverged in 2 of 2 seeds (0, 1)" in html
 
@@ -183,6 +189,65 @@ def test_a_hundred_classes_and_a_step_by_step_study(tmp_path):
     _, html, markdown = reports(tmp_path)
     assert "Step by step" in html and "| deep | wide | model.dropout: 0.01 → 0.02 | +1,000 |" in markdown
     assert "The 20 classes of 100 with the lowest mean" in html
+
+
+def test_classification_reports_are_scikit_learns(usual):
+    root, study, _ = usual
+    page = pages.build(study, results.gather(study, root))
+    rows = {row[0]: row[1:] for row in page["scores"]["big_pool"].rows}
+    expected = []
+    for seed in study.seeds:
+        with np.load(root / f"cells/big_pool/seed-{seed}/predictions.npz") as arrays:
+            predicted, labels = arrays["test_probabilities"].argmax(axis=1), arrays["test_labels"]
+        expected.append(classification_report(labels, predicted, output_dict=True))
+    for row, key in (("class 3", "3"), ("macro average", "macro avg"), ("weighted average", "weighted avg")):
+        means = [np.mean([one[key][score] for one in expected]) for score in ("precision", "recall", "f1-score")]
+        assert rows[row] == [*(f"{mean:.3f}" for mean in means), f"{expected[0][key]['support']:,.0f}"]
+
+
+def test_mistakes_are_the_pictures_of_the_most_confused_pairs(usual):
+    root, study, _ = usual
+    material = results.gather(study, root)
+    counts = material.confusion("big_pool") * (1 - np.eye(10, dtype=int))
+    pairs = material.mistakes["big_pool"]
+    assert [pair.count for pair in pairs] == sorted(counts.ravel(), reverse=True)[:3]
+    images, test = np.load(root / "data/processed/images.npy"), np.load(root / "data/processed/test.npy")
+    with np.load(root / "cells/big_pool/seed-0/predictions.npz") as arrays:
+        probabilities, labels = arrays["test_probabilities"], arrays["test_labels"]
+    for pair in pairs:
+        assert pair.of == 3 * (labels == pair.actual).sum()
+        surest = [probability for _, probability in pair.pictures]
+        assert surest == sorted(surest, reverse=True)
+        for picture, probability in pair.pictures:
+            (place,) = np.flatnonzero((images[test] == picture).all(axis=(1, 2, 3)))
+            assert labels[place] == pair.actual and probabilities[place].argmax() == pair.predicted
+            assert probabilities[place].max() == pytest.approx(probability)
+
+
+def test_probabilities_before_and_after_training(usual):
+    root, study, _ = usual
+    page = pages.build(study, results.gather(study, root))
+    with np.load(root / "cells/baseline/seed-0/predictions.npz") as arrays:
+        after, label = arrays["test_probabilities"][0], arrays["test_labels"][0]
+    row = page["probabilities"].rows[0]
+    told = row[1] if isinstance(row[1], str) else row[1][0]
+    assert row[0] == f"class {label}" and told == f"10 → {100 * after[label]:.0f}\xa0%"
+
+
+def test_epochs_to_reach_the_variant_before(tmp_path):
+    study = fabricate.study(("baseline", "slow", "fast"), seeds=(0, 1))
+    for name in ("slow", "fast"):
+        object.__setattr__(study.variants[name], "compared_with", "baseline")
+    make(tmp_path, study)
+    curves = tmp_path / "evaluation/curves.csv"
+    table = pd.read_csv(curves)
+    reached = {"baseline": [0.1, 0.2, 0.5, 0.4, 0.4, 0.4], "slow": [0.1] * 6, "fast": [0.4, 0.5, 0.6, 0.6, 0.6, 0.6]}
+    for name, values in reached.items():
+        for seed in (0, 1):
+            table.loc[(table.variant == name) & (table.seed == seed), "val_accuracy"] = values
+    table.to_csv(curves, index=False)
+    rows = pages.build(study, results.gather(study, tmp_path))["steps"].rows
+    assert {row[0]: row[-1] for row in rows} == {"slow": ["> 6", "baseline: 3"], "fast": ["2", "baseline: 3"]}
 
 
 def test_missing_results_are_named(tmp_path):

@@ -275,14 +275,31 @@ def _flat(network: keras.Model) -> Iterator[keras.layers.Layer]:
 
 
 def _layer(layer: keras.layers.Layer) -> dict[str, Any]:
-    shape = layer.output.shape[1:]
     return {
         "name": layer.name,
         "type": type(layer).__name__,
-        "output_shape": list(shape),
+        "detail": _detail(layer),
+        "inputs": [tensor._keras_history.operation.name for tensor in keras.tree.flatten(layer.input)],
+        "output_shape": list(layer.output.shape[1:]),
         "parameters": layer.count_params(),
         "macs": macs(layer),
     }
+
+
+def _detail(layer: keras.layers.Layer) -> str:
+    """What a drawing says of a layer beside its type: window, stride, padding, rate, activation."""
+    settings = layer.get_config()
+    found = []
+    if window := settings.get("kernel_size") or settings.get("pool_size"):
+        found.append("×".join(map(str, window)))
+        strides = settings["strides"]
+        if tuple(strides) != tuple(settings.get("pool_size", (1, 1))):
+            found.append(f"stride {strides[0]}" if len(set(strides)) == 1 else f"strides {'×'.join(map(str, strides))}")
+        found += ["same"] if settings.get("padding") == "same" else []
+    found += [f"{settings['rate']:g}"] if isinstance(settings.get("rate"), int | float) else []
+    activation = settings.get("activation")
+    found += [activation] if isinstance(activation, str) and activation != "linear" else []
+    return ", ".join(found)
 
 
 def macs(layer: keras.layers.Layer) -> int:

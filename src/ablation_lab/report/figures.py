@@ -11,10 +11,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ablation_lab.params import Params
-from ablation_lab.report.results import Material
+from ablation_lab.report import drawing
+from ablation_lab.report.results import EXAMPLES, Material
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
 WIDTH = 6.4  # inches; shown as wide as a text column, the text in a picture is then as large as the page's
@@ -44,6 +46,7 @@ VERDICTS = {
 }
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
+FEW = 12  # variants up to which the mistakes of each are shown
 MANY = 20  # classes from which a confusion matrix has no numbers
 
 
@@ -62,13 +65,18 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with matplotlib.rc_context(STYLE), _any_glyphs():
-        for make in (accuracy, difference, curves, train_validation, confusions, samples, histogram):
-            figure, title, alt, caption = make(study, material)
-            if study.study.quick:
+        made: dict[str, tuple[Figure | None, str, str, str]]
+        made = {make.__name__: make(study, material) for make in OVERVIEW}
+        made |= {f"mistakes_{name}": mistakes(study, material, name) for name in _detailed(study, material)}
+        made |= {f"network_{name}": network(study, material, name) for name in study.variants}
+        for name, (figure, title, alt, caption) in made.items():
+            if figure is None:
+                continue
+            if study.study.quick and not name.startswith("network_"):
                 figure.suptitle(QUICK, color="#B00020", fontsize=13, fontweight="bold")
                 alt = f"{QUICK}. {alt}"
-            figure.savefig(folder / f"{make.__name__}.png", metadata={"Software": None})
-            drawn[make.__name__] = Drawn(f"{make.__name__}.png", title, alt, caption)
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+            drawn[name] = Drawn(f"{name}.png", title, alt, caption)
     return drawn
 
 
@@ -258,6 +266,100 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
     return figure, "Confusion matrices", alt, caption
 
 
+def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """How much better the kept network is on the pictures that it was trained with."""
+    figure, axes = _rows(study.variants)
+    told = []
+    for row, (name, variant) in enumerate(material.results["variants"].items()):
+        color = _looks(study, name)["color"]
+        cells = variant["cells"].values()
+        values = [
+            100 * (cell["train_accuracy"] - cell["validation_accuracy"]) for cell in cells if cell["status"] == "ok"
+        ]
+        if not values:
+            axes.text(0.02, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
+            told.append(f"{name} diverged")
+            continue
+        axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
+        mean = float(np.mean(values))
+        axes.plot([mean, mean], [row - 0.27, row + 0.27], color=color, linewidth=3, solid_capstyle="butt")
+        told.append(f"{name} {mean:.1f}")
+    axes.axvline(0, color=BASELINE, linewidth=1, linestyle="--")
+    axes.set_xlabel("training minus validation accuracy, points")
+    axes.margins(x=0.06)
+    caption = "Dots: seeds. Upright bar: their mean. Both accuracies are those of the kept weights, with dropout off. "
+    caption += "A large gap is overfitting."
+    alt = f"Training minus validation accuracy in points, mean over seeds: {'; '.join(told)}."
+    return figure, "Gap between training and validation", alt, caption
+
+
+def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """What the network that is best on validation makes of a few test pictures, before and after training."""
+    shown, names = material.shown, material.card["classes"]
+    variant = _best(study, material)
+    columns = list(range(len(names))) if len(names) <= 12 else sorted(set(shown.labels.tolist()))
+    rows = len(shown.pictures)
+    figure = Figure(figsize=(WIDTH, 0.5 * rows + 1.9), layout="constrained")
+    grid = figure.add_gridspec(rows, 3, width_ratios=(1, 5, 5), hspace=0, wspace=0.02)
+    panels = [figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])]
+    for axes, title, values in zip(panels, ("before training", "after"), (shown.before, shown.after), strict=True):
+        table = values[variant][:, columns]
+        axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set_title(title, fontsize=11)
+        axes.grid(False)
+        axes.set_xticks(range(len(columns)), [_short(names[i], 12) for i in columns], rotation=90, fontsize=9)
+        axes.set_yticks([])
+        for row, label in enumerate(shown.labels):
+            corner = (columns.index(int(label)) - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#B00020", linewidth=1.6))
+            for column, share in enumerate(table[row]):
+                if round(100 * np.nan_to_num(share)) >= 1:
+                    color = "white" if share > 0.55 else "#222222"
+                    axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
+    for row, picture in enumerate(shown.pictures):
+        axes = figure.add_subplot(grid[row, 0])
+        axes.set_axis_off()
+        _show(axes, picture)
+    caption = f"Per cent that {variant} gives to each class, first seed. Red frame: the actual class."
+    caption += " Classes of the shown pictures only." if len(columns) < len(names) else ""
+    alt = f"Class probabilities of {rows} test pictures before and after training {variant}, also in the table below."
+    return figure, "Probabilities before and after training", alt, caption
+
+
+def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | None, str, str, str]:
+    """Test pictures of the pairs of classes that a variant confuses most."""
+    names, pairs = material.card["classes"], material.mistakes[name]
+    if not pairs:
+        return None, "", "", ""
+    figure = Figure(figsize=(WIDTH, 1.62 * len(pairs)), layout="constrained")
+    for part, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).flat, pairs, strict=True):
+        share = f"{100 * pair.count / pair.of:.0f} % of {_short(names[pair.actual], 20)}"
+        title = f"{_short(names[pair.actual], 20)} taken for {_short(names[pair.predicted], 20)} ({share})"
+        part.suptitle(title, fontsize=10, x=0.01, ha="left")
+        panels = part.subplots(1, EXAMPLES)
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (picture, probability) in zip(panels, pair.pictures, strict=False):
+            _show(axes, picture)
+            axes.set_title(f"{100 * probability:.0f} %", fontsize=9)
+    told = "; ".join(f"{names[pair.actual]} taken for {names[pair.predicted]}" for pair in pairs)
+    caption = (
+        "Test pictures of the pairs of classes confused most often, all seeds counted; those that the first seed's "
+    )
+    caption += "network was surest of, with the probability that it gave to the wrong class."
+    return figure, f"Mistakes of {name}", f"Test pictures that {name} confuses: {told}.", caption
+
+
+def network(study: Params, material: Material, name: str) -> tuple[Figure | None, str, str, str]:
+    reference = study.variants[name].compared_with or study.study.baseline
+    other = None if reference == name else material.networks[reference]
+    figure = drawing.draw(material.networks[name], other, WIDTH)
+    caption = "From top to bottom, with the shape of what comes out and the number of parameters."
+    caption += f" Thick frames: not in {reference}, or otherwise there." if other else ""
+    kinds = [layer["type"] for layer in material.networks[name]["layers"]]
+    return figure, f"Network of {name}", f"Drawing of {name}: {', '.join(kinds)}; all in the table below.", caption
+
+
 def samples(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     names = material.card["classes"]
     columns = 5
@@ -267,8 +369,7 @@ def samples(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     for axes in panels.flat:
         axes.set_axis_off()
     for (picture, number), axes in zip(material.pictures, panels.flat, strict=False):
-        shown = picture[..., 0] if picture.shape[-1] == 1 else picture
-        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        _show(axes, picture)
         axes.set_title(_short(names[number], 14), fontsize=10)
     shown_names = ", ".join(_short(name, 30) for name in names[:20])
     alt = f"Pictures of the training part with their class names: {shown_names}."
@@ -298,6 +399,32 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
     low, high = min(counts["train"].values(), default=0), max(counts["train"].values(), default=0)
     alt = f"Pictures of each class in the three parts; {low} to {high} of a class in the training part."
     return figure, "Pictures of each class", alt, "Each part has its own scale."
+
+
+# What every report shows; `draw` adds figures of single variants.
+OVERVIEW = (accuracy, difference, curves, train_validation, gap, confusions, probabilities, samples, histogram)
+
+
+def _best(study: Params, material: Material) -> str:
+    """The variant that is best on the validation part, a mean over seeds; the baseline where all diverged."""
+    means = {
+        name: float(np.mean(values))
+        for name, one in material.results["variants"].items()
+        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
+    }
+    return max(means, key=lambda name: means[name]) if means else study.study.baseline
+
+
+def _detailed(study: Params, material: Material) -> list[str]:
+    """The variants whose mistakes are shown: all of a few, else the baseline and the best."""
+    if len(study.variants) <= FEW:
+        return list(study.variants)
+    return sorted({study.study.baseline, _best(study, material)})
+
+
+def _show(axes: Axes, picture: np.ndarray) -> None:
+    shown = picture[..., 0] if picture.shape[-1] == 1 else picture
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _rows(names: Iterable[str]) -> tuple[Figure, Axes]:

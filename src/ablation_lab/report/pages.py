@@ -67,6 +67,8 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "binary": _binary(study, material, text),
         "pairs": _pairs(study, material),
         "classes": _class_scores(study, material, text),
+        "scores": {name: _classification(name, material) for name in study.variants},
+        "probabilities": _probabilities(study, material),
         "cells": _cells(study, material, text),
         "layers": {name: _layers(name, network) for name, network in material.networks.items()},
         "data": _data(material),
@@ -329,10 +331,35 @@ def _steps(study: Params, material: Material, text: _Format) -> Table | None:
         interval = [f"[{text.interval(delta['ci95'], ', ')}]"] if delta["ci95"] else []
         difference = [text.points(delta["mean"]), *interval]
         row = [name, before, changes or NONE, _minus(f"{parameters:+,}"), difference]
-        rows.append([*row, text.verdict(delta)])
+        rows.append([*row, text.verdict(delta), _epochs_to_reach(material, name, before)])
     columns = {"Variant": "l", "Compared with": "l", "Change": "l", "Parameters": "r", "Difference": "r"}
-    note = "Each variant against the one that it is built on; p adjusted after Holm for these comparisons."
-    return Table("Step by step", columns | {"Verdict": "v"}, rows, note) if rows else None
+    columns |= {"Verdict": "v", "Epochs to reach it": "r"}
+    note = (
+        "Each variant against the one that it is built on; p adjusted after Holm for these comparisons. Epochs to "
+        "reach it: after how many epochs the validation accuracy was first as high as the best of the variant compared "
+        "with, and how many that one took, over the seeds."
+    )
+    return Table("Step by step", columns, rows, note) if rows else None
+
+
+def _epochs_to_reach(material: Material, name: str, before: str) -> str | list[str]:
+    """Epochs until a variant's validation accuracy is the best of another one's, seed by seed; `> n` where it never is
+    in n epochs."""
+    curves = material.curves
+    mine: list[int] = []
+    theirs: list[int] = []
+    never: list[int] = []
+    for seed in sorted(set(curves["seed"])):
+        ours, other = (curves[(curves["variant"] == one) & (curves["seed"] == seed)] for one in (name, before))
+        best = other["val_accuracy"].max()
+        if not best > 0:
+            return NONE
+        theirs.append(int(other.loc[other["val_accuracy"].idxmax(), "epoch"]))
+        reached = ours[ours["val_accuracy"] >= best]["epoch"]
+        (mine if len(reached) else never).append(int(reached.min()) if len(reached) else len(ours))
+    told = [_range(mine)] if mine else []
+    told += [f"> {_range(never)}"] if never else []
+    return [", ".join(told), f"{before}: {_range(theirs)}"]
 
 
 def _reported(study: Params, material: Material, text: _Format) -> Table | None:
@@ -405,6 +432,46 @@ def _class_scores(study: Params, material: Material, text: _Format) -> Table:
         for i in order
     ]
     return Table("F1 of each class", {"Class": "l"} | dict.fromkeys(study.variants, "r"), rows, note)
+
+
+def _classification(name: str, material: Material) -> Table:
+    """Precision, recall and F1 of each class, as scikit-learn's classification report has them."""
+    names = material.card["classes"]
+    support = [material.card["class_counts"]["test"].get(one, 0) for one in names]
+    scores = [material.class_scores(name, which) for which in ("precision", "recall", "f1")]
+    rows = []
+    for i, one in enumerate(names):
+        shown = [NONE if values is None else f"{values[i]:.3f}" for values in scores]
+        rows.append([_short(one), *shown, f"{support[i]:,}"])
+    means = [NONE if values is None else f"{np.mean(values):.3f}" for values in scores]
+    rows.append(["macro average", *means, f"{sum(support):,}"])
+    weighted = [NONE if values is None else f"{np.average(values, weights=support):.3f}" for values in scores]
+    rows.append(["weighted average", *weighted, f"{sum(support):,}"])
+    columns = {"Class": "l", "Precision": "r", "Recall": "r", "F1": "r", "Test pictures": "r"}
+    return Table(f"Classification report of {name}", columns, rows, "On the test part, the mean over seeds.")
+
+
+def _probabilities(study: Params, material: Material) -> Table:
+    """What each variant made of the shown test pictures' actual classes."""
+    shown, names = material.shown, material.card["classes"]
+    rows: list[list[str | list[str]]] = []
+    for i, label in enumerate(shown.labels.tolist()):
+        row: list[str | list[str]] = [_short(names[label])]
+        for name in study.variants:
+            before, after = shown.before[name][i], shown.after[name][i]
+            if not np.isfinite(after).all():
+                row.append(NONE)
+                continue
+            chosen = int(after.argmax())
+            told = f"{100 * before[label]:.0f} → {100 * after[label]:.0f}\xa0%"
+            row.append(told if chosen == label else [told, f"took it for {_short(names[chosen])}"])
+        rows.append(row)
+    note = (
+        "The probability of the actual class before and after training, first seed; a few fixed test pictures, the "
+        "first of each class."
+    )
+    columns = {"Picture of": "l"} | dict.fromkeys(study.variants, "r")
+    return Table("Probability of the actual class", columns, rows, note)
 
 
 def _cells(study: Params, material: Material, text: _Format) -> Table:

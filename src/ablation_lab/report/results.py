@@ -11,7 +11,31 @@ from ablation_lab import cell, evaluation, files, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
+PAIRS, EXAMPLES = 3, 5  # pairs of confused classes that are shown for a variant, and pictures of each
 BINARY = ("precision", "recall", "roc_auc")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classes that are confused: how often, over all seeds, out of how many of the actual class; and test pictures
+    with the probability that the first seed's network gave to the wrong class, the surest first."""
+
+    actual: int
+    predicted: int
+    count: int
+    of: int
+    pictures: list[tuple[np.ndarray, float]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A few fixed test pictures, their class numbers, and by variant the probabilities (pictures × classes) before and
+    after training with the first seed."""
+
+    pictures: list[np.ndarray]
+    labels: np.ndarray
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,8 @@ class Material:
         curves: evaluation/curves.csv.
         card: data/processed/card.json.
         pictures: sample pictures (uint8) with their class numbers.
+        mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
+        shown: a few test pictures with the probabilities that each variant gave them.
     """
 
     results: dict[str, Any]
@@ -36,11 +62,12 @@ class Material:
     curves: pd.DataFrame
     card: dict[str, Any]
     pictures: list[tuple[np.ndarray, int]]
+    mistakes: dict[str, list[Pair]]
+    shown: Shown
 
     def confusion(self, variant: str) -> np.ndarray | None:
         """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
-        counts = [scores["confusion"] for scores in self._tests(variant)]
-        return np.sum(counts, axis=0) if counts else None
+        return _confusion(self.cells, variant)
 
     def class_scores(self, variant: str, which: str) -> np.ndarray | None:
         """precision, recall or f1 of each class on the test part, the mean over those seeds."""
@@ -48,7 +75,7 @@ class Material:
         return np.mean(scores, axis=0) if scores else None
 
     def _tests(self, variant: str) -> list[dict[str, Any]]:
-        return [cell["test"] for (name, _), cell in self.cells.items() if name == variant and cell["test"]]
+        return _tests(self.cells, variant)
 
 
 def gather(study: Params, root: Path) -> Material:
@@ -64,6 +91,9 @@ def gather(study: Params, root: Path) -> Material:
             "Run `dvc repro`."
         )
     try:
+        images = np.load(root / "data/processed/images.npy", mmap_mode="r")
+        labels = np.load(root / "data/processed/labels.npy")
+        parts = {part: np.load(root / f"data/processed/{part}.npy") for part in ("train", "test")}
         flags = np.load(root / "evaluation/correct.npy")
         curves = pd.read_csv(
             root / "evaluation/curves.csv",
@@ -73,7 +103,7 @@ def gather(study: Params, root: Path) -> Material:
         )
     except FileNotFoundError as error:
         raise LabError(
-            f"{error.filename}: Expected a result of the stage evaluate. Found: no such file. Run `dvc repro`."
+            f"{error.filename}: Expected a result of an earlier stage. Found: no such file. Run `dvc repro`."
         ) from None
     right: dict[str, dict[int, np.ndarray | None]] = {name: {} for name in study.variants}
     for row, scored in enumerate(listed):
@@ -110,8 +140,66 @@ def gather(study: Params, root: Path) -> Material:
         cells,
         curves,
         card,
-        _pictures(root / "data/processed", card),
+        _pictures(images, labels, parts["train"], card),
+        {name: _mistakes(study, name, cells, images, parts["test"], root) for name in study.variants},
+        _shown(study, images, parts["test"], root),
     )
+
+
+def _tests(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> list[dict[str, Any]]:
+    return [cell["test"] for (name, _), cell in cells.items() if name == variant and cell["test"]]
+
+
+def _confusion(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> np.ndarray | None:
+    counts = [scores["confusion"] for scores in _tests(cells, variant)]
+    return np.sum(counts, axis=0) if counts else None
+
+
+def _mistakes(
+    study: Params,
+    name: str,
+    cells: dict[tuple[str, int], dict[str, Any]],
+    images: np.ndarray,
+    test: np.ndarray,
+    root: Path,
+) -> list[Pair]:
+    counts = _confusion(cells, name)
+    seed = next((seed for seed in study.seeds if cells[name, seed]["test"]), None)
+    if counts is None or seed is None:
+        return []
+    file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
+    probabilities, labels = file["test_probabilities"], file["test_labels"]
+    chosen = probabilities.argmax(axis=1)
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = []
+    for place in np.argsort(-wrong.ravel(), kind="stable")[:PAIRS]:
+        actual, predicted = divmod(int(place), len(counts))
+        if not wrong[actual, predicted]:
+            break
+        members = np.flatnonzero((labels == actual) & (chosen == predicted))
+        surest = members[np.argsort(-probabilities[members, predicted], kind="stable")[:EXAMPLES]]
+        pictures = [(np.array(images[test[i]]), float(probabilities[i, predicted])) for i in surest]
+        pairs.append(Pair(actual, predicted, int(wrong[actual, predicted]), int(counts[actual].sum()), pictures))
+    return pairs
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise files.missing(path) from None
+
+
+def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> Shown:
+    before, after = {}, {}
+    positions, labels = np.zeros(0, int), np.zeros(0, int)
+    for name in study.variants:
+        folder = cell.folder(name, study.seeds[0], root)
+        untrained, predictions = _arrays(folder / cell.UNTRAINED), _arrays(folder / cell.PREDICTIONS)
+        positions, before[name] = untrained["positions"], untrained["probabilities"]
+        labels, after[name] = predictions["test_labels"][positions], predictions["test_probabilities"][positions]
+    return Shown([np.array(images[test[i]]) for i in positions], labels, before, after)
 
 
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
@@ -153,15 +241,10 @@ def _mean(values: list) -> float | None:
     return None if not values or None in values else float(np.mean(values))
 
 
-def _pictures(folder: Path, card: dict[str, Any]) -> list[tuple[np.ndarray, int]]:
+def _pictures(
+    images: np.ndarray, labels: np.ndarray, train: np.ndarray, card: dict[str, Any]
+) -> list[tuple[np.ndarray, int]]:
     """Pictures of the training part: the same number of each class, evenly spaced over the part, at most 20 classes."""
-    try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels, train = np.load(folder / "labels.npy"), np.load(folder / "train.npy")
-    except FileNotFoundError as error:
-        raise LabError(
-            f"{error.filename}: Expected the processed data. Found: no such file. Run `dvc repro`."
-        ) from None
     numbers = range(min(len(card["classes"]), 20))
     each = max(1, 20 // len(numbers))
     chosen = []
