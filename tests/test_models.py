@@ -1,9 +1,12 @@
+import sys
+
 import numpy as np
 import pytest
 
 import one_thread  # noqa: F401  isort: skip
 from ablation_lab import models, params
 from ablation_lab.backend import keras
+from ablation_lab.models import custom
 from ablation_lab.plan import macs
 
 
@@ -131,3 +134,122 @@ def test_a_network_for_pictures_of_any_size(settings):
     built = network(any_size=True, **settings)
     for height, width in ((28, 28), (36, 30)):
         assert built.predict(np.zeros((2, height, width, 1), np.uint8), verbose=0).shape == (2, 10)
+
+
+def own(model: str, **settings) -> keras.Model:
+    resolved = params.Custom.model_validate({"builder": model} | settings).resolved()
+    return models.build(resolved, "unit", (8, 8, 3), 4)
+
+
+def test_a_network_of_the_users_stands_behind_the_rescaling(own_networks):
+    built = own("networks.mine:good", units=7)
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype("uint8")
+    np.testing.assert_allclose(built.predict(pictures, verbose=0).sum(axis=1), 1, rtol=1e-5)
+    assert built.layers[1].name == "rescale"
+    custom.check(built, pictures, 4, "networks.mine:good")
+    assert built.count_params() == (8 * 8 * 3 + 1) * 7 + (7 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("builder", "settings", "message"),
+    [
+        (
+            "networks.mien:good",
+            {},
+            "Expected a module that can be imported, such as networks.mine for networks/mine.py.",
+        ),
+        ("networks.mine:goood", {}, "Expected a function of networks.mine: broken, good, logits, private, text."),
+        (
+            "networks.mine:good",
+            {"unit": 3},
+            "Expected settings that fit good(image_shape, classes, units=5). Found: got an",
+        ),
+        ("networks.mine:broken", {}, "Expected a network. Found: KeyError: 'x' ("),
+        ("networks.mine:text", {}, "Expected a keras.Model. Found: str."),
+        ("networks.broken:good", {}, "networks.broken: SyntaxError: "),
+    ],
+)
+def test_what_a_users_function_does_wrong_is_told(own_networks, builder, settings, message):
+    with pytest.raises(models.NetworkError) as caught:
+        own(builder, **settings)
+    assert message in str(caught.value)
+
+
+def test_the_place_in_the_users_own_file_is_told(own_networks):
+    with pytest.raises(models.NetworkError, match=r"mine\.py, line 14\)"):
+        own("networks.mine:broken")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("logits", 'Expected probabilities of 4 classes, as a last layer Dense(classes, activation="softmax") gives'),
+        ("private", "layers of your own need @keras.saving.register_keras_serializable() and get_config()."),
+    ],
+)
+def test_a_network_that_training_could_not_use_is_refused(own_networks, function, message):
+    pictures = np.full((2, 8, 8, 3), 200, np.uint8)
+    with pytest.raises(models.NetworkError) as caught:
+        custom.check(own(f"networks.mine:{function}"), pictures, 4, f"networks.mine:{function}")
+    assert message in str(caught.value)
+
+
+def test_the_sources_of_a_users_network_are_what_it_imports_below_the_root(own_networks):
+    found = custom.sources("networks.mine:good", own_networks)
+    assert list(found) == ["networks/__init__.py", "networks/mine.py", "networks/parts.py"]
+    (own_networks / "networks/parts.py").write_text("SIZE = 6\n")
+    changed = custom.sources("networks.mine:good", own_networks)
+    assert [path for path in found if found[path] != changed[path]] == ["networks/parts.py"]
+    assert custom.lint(found) is None
+    assert "DVC notices changes of files in networks/ only" in custom.lint(found | {"elsewhere.py": "0"})
+    assert "an installed package" in custom.lint(custom.sources("keras.applications:ResNet50", own_networks))
+
+
+MINE = """
+import keras
+from keras import layers
+
+from networks.parts import SIZE
+
+
+def good(image_shape, classes, units=SIZE):
+    outside = [layers.Flatten(), layers.Dense(units), layers.Dense(classes, activation="softmax")]
+    return keras.Sequential([keras.Input(image_shape), *outside])
+
+
+def broken(image_shape, classes):
+    return {}["x"]
+
+
+def text(image_shape, classes):
+    return "network"
+
+
+def logits(image_shape, classes):
+    return keras.Sequential([keras.Input(image_shape), layers.Flatten(), layers.Dense(classes)])
+
+
+class Private(layers.Layer):
+    def call(self, inputs):
+        return inputs
+
+
+def private(image_shape, classes):
+    return keras.Sequential([keras.Input(image_shape), Private(), layers.Flatten(), layers.Dense(classes, "softmax")])
+"""
+
+
+@pytest.fixture
+def own_networks(tmp_path, monkeypatch):
+    folder = tmp_path / "networks"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "parts.py").write_text("SIZE = 5\n")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "broken.py").write_text("def good(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "networks"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "networks"]:
+        del sys.modules[name]

@@ -161,6 +161,19 @@ def test_a_variant_that_comes_out_as_another_shares_its_result(project: Path, st
         assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
 
+def test_an_edit_of_a_users_network_retrains_the_cells_that_use_it(project: Path, study: dict):
+    nothing = dict.fromkeys(("blocks", "head", "dropout"))
+    study["variants"]["own"] = {"model": {"builder": "networks.example:build", "filters": 2, **nothing}}
+    assert retrained(project, study) == ["own-0", "own-1"]
+    network = project / "networks/example.py"
+    text = network.read_text()
+    network.write_text(text + "\n\nSOMETHING = 1\n")
+    (project / "networks/other.py").write_text("SOMETHING = 2\n")
+    assert retrained(project, study) == ["own-0", "own-1"]
+    network.write_text(text)
+    assert retrained(project, study) == []
+
+
 def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Path, study: dict):
     output = passed(run(project, "dvc", "exp", "run", "--name", "less", "--set-param", "model.dropout=0.1"))
     assert trained(output) == ["baseline-0", "baseline-1"]

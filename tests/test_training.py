@@ -51,6 +51,9 @@ VARIED = {
         "model": {"builder": "resnet", "blocks": None, "dropout": None, "stem": {"filters": 4}}
         | {"stages": {"one": {"filters": 4}}, "any_size": True}
     },
+    "own": {
+        "model": {"builder": "networks.example:build", "blocks": None, "dropout": None, "head": None, "filters": 4}
+    },
     "parts": {"input": {"fraction": 0.5}, "train": {"steps_per_epoch": 5, "optimizer": {"name": "sgd"}}},
     "smoothed": {"train": {"label_smoothing": 0.1, "reduce_lr": {"patience": 0}, "early_stopping": {"patience": 0}}},
     "sparse": {"train": {"loss": "sparse_categorical_crossentropy", "keep": "last", "batch_size": 7}},
