@@ -102,6 +102,8 @@ def test_a_plan_is_not_made_from_the_card_of_other_data(tmp_path):
     (processed / "card.json").write_text(json.dumps(card))
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump()))
     assert plan.pictures(study, tmp_path) == ((8, 8, 1), 2, 7, "d")
+    (processed / "settings.json").write_text(json.dumps(study.data.model_dump(exclude={"unreadable"})))
+    assert plan.pictures(study, tmp_path)[3] == "d"  # made before there was this setting
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump() | {"limit": 13}))
     assert plan.pictures(study, tmp_path)[3] is None
     own = copy.deepcopy(TINY)

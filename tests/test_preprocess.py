@@ -3,7 +3,9 @@ import json
 import os
 import re
 import struct
+import weakref
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -225,8 +227,9 @@ def test_unreadable_picture_is_named(content, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_altered_raw_file_is_noticed(tmp_path):
-    data = image_folder(tmp_path, two_classes())
+@pytest.mark.parametrize("unreadable", ["error", "skip"])  # it is the raw data that is damaged, no picture
+def test_altered_raw_file_is_noticed(unreadable, tmp_path):
+    data = image_folder(tmp_path, two_classes(), unreadable=unreadable)
     raw = tmp_path / "raw" / "pictures.zip"
     with zipfile.ZipFile(raw) as packed:
         start = packed.getinfo("dog/2.png").header_offset + 30 + len("dog/2.png")
@@ -372,14 +375,33 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path, monkeypatch):
     assert arrays(tmp_path / "out")["images"][:, 0, 0, 0].tolist() == [index % 256 for index in range(400)]
 
 
-def test_decompression_bomb_is_named(tmp_path):
+def test_memory_does_not_grow_with_the_pictures_that_are_checked(tmp_path, monkeypatch):
+    dead, most, labels = [], [], np.arange(3000) % 2
+
+    def load(index):
+        picture = Image.new("L", (8, 8), index % 256)
+        weakref.finalize(picture, dead.append, index)
+        most.append(len(most) + 1 - len(dead))
+        return picture
+
+    source = Source(["a", "b"], labels, None, load, str, "grayscale", [8, 8])
+    monkeypatch.setattr(datasets, "open_raw", lambda data, raw: source)
+    preprocess.preprocess(digits(unreadable="skip"), tmp_path, tmp_path / "out")
+    assert len(most) == 6001  # twice each, and the first once more for its shape
+    assert max(most) <= 2 * (os.cpu_count() or 1)
+
+
+def bomb():
+    """A PNG of a few bytes that claims to be 30,000 × 30,000 pixels."""
     file = io.BytesIO()
     plain((1, 1)).save(file, "PNG")
     content = file.getvalue()
     header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + content[24:29]
-    crc = struct.pack(">I", __import__("zlib").crc32(header))
-    content = content[:12] + header + crc + content[33:]
-    data = image_folder(tmp_path, two_classes() | {"dog/2.png": content}, image_size=[4, 4])
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def test_decompression_bomb_is_named(tmp_path):
+    data = image_folder(tmp_path, two_classes() | {"dog/2.png": bomb()}, image_size=[4, 4])
     with pytest.raises(LabError, match=r"dog/2\.png: Expected a picture\. Found: Image size \(900000000 pixels\)"):
         preprocess.preprocess(data, tmp_path / "raw", tmp_path / "out")
 
@@ -387,3 +409,80 @@ def test_decompression_bomb_is_named(tmp_path):
 def test_card_is_canonical(raw_digits, tmp_path):
     preprocess.preprocess(digits(), raw_digits, tmp_path / "out")
     assert (tmp_path / "out" / "card.json").read_text(encoding="utf-8") == params.canonical_json(card(tmp_path / "out"))
+
+
+def colourful(count):
+    """Two classes of pictures of which no two are alike."""
+    labels = {"cat": 0, "dog": 100}
+    return {f"{label}/{i:02}.png": plain(color=(i, n, 0)) for label, n in labels.items() for i in range(count)}
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("given", [False, True])
+def test_unreadable_pictures_are_left_out_as_if_they_were_not_there(given, tmp_path, capsys):
+    split, parts = (Split(validation=0.25), ("train/", "test/")) if given else (Split(validation=0.2, test=0.2), ("",))
+    pictures = {part + name: picture for part in parts for name, picture in colourful(10).items()}
+    first = parts[0]
+    unreadable = {
+        f"{first}cat/00a.jpg": b"",
+        f"{first}cat/05a.jpg": broken("JPEG"),
+        f"{first}dog/00.gif": b"not a picture",
+        f"{parts[-1]}dog/99.png": bomb(),
+        f"{parts[-1]}dog/99.tif": broken("TIFF"),
+    }
+    settings = {"split": split, "image_size": [4, 4], "limit": 6, "unreadable": "skip"}
+    data = image_folder(tmp_path, pictures, **settings)
+    preprocess.preprocess(data, tmp_path / "raw", tmp_path / "clean")
+    assert capsys.readouterr().err == ""
+    assert "skipped" not in card(tmp_path / "clean")
+
+    data = image_folder(tmp_path, unreadable, **settings)
+    preprocess.preprocess(data, tmp_path / "raw", tmp_path / "out")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:3] for line in told] == [["left out", "pictures", name] for name in sorted(unreadable)]
+    clean, found = contents(tmp_path / "clean"), contents(tmp_path / "out")
+    skipped = {"count": 5, "class_counts": {"cat": 2, "dog": 3}, "first": sorted(unreadable)}
+    assert json.loads(found.pop("card.json")) == json.loads(clean.pop("card.json")) | {"skipped": skipped}
+    assert found == clean
+
+    with pytest.raises(LabError, match=r": Expected a picture\. Found: "):
+        stops = data.model_copy(update={"unreadable": "error", "limit": None})
+        preprocess.preprocess(stops, tmp_path / "raw", tmp_path / "out")
+
+
+def test_the_setting_alone_changes_no_picture(tmp_path):
+    data = image_folder(tmp_path, two_classes(), unreadable="skip")
+    preprocess.preprocess(data, tmp_path / "raw", tmp_path / "skip")
+    preprocess.preprocess(data.model_copy(update={"unreadable": "error"}), tmp_path / "raw", tmp_path / "error")
+    skip, error = contents(tmp_path / "skip"), contents(tmp_path / "error")
+    assert json.loads(skip.pop("settings.json")) == json.loads(error.pop("settings.json")) | {"unreadable": "skip"}
+    assert skip == error
+
+
+def test_ten_unreadable_pictures_are_named_and_the_rest_counted(tmp_path, capsys):
+    unreadable = {f"dog/x{index:02}.jpg": b"" for index in range(13)}
+    data = image_folder(tmp_path, two_classes() | unreadable, unreadable="skip")
+    preprocess.preprocess(data, tmp_path / "raw", tmp_path / "out")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 11
+    assert told[0] == "left out: pictures: dog/x00.jpg: a file in no format that Pillow knows"
+    assert told[-1] == "left out: 3 more unreadable pictures, 13 in all"
+    assert card(tmp_path / "out")["skipped"] == {
+        "count": 13,
+        "class_counts": {"dog": 13},
+        "first": sorted(unreadable)[:10],
+    }
+
+
+def test_the_card_does_not_say_where_the_pictures_lie(tmp_path):
+    data = image_folder(tmp_path, two_classes() | {"dog/x.jpg": b""}, unreadable="skip")
+    data = data.model_copy(update={"path": str(tmp_path / "pictures")})
+    preprocess.preprocess(data, tmp_path / "raw", tmp_path / "out")
+    assert card(tmp_path / "out")["skipped"]["first"] == ["dog/x.jpg"]
+
+
+@pytest.mark.parametrize("readable", [0, 2])
+def test_a_class_with_too_few_readable_pictures(readable, tmp_path):
+    data = image_folder(tmp_path, two_classes() | {f"dog/{i}.png": b"" for i in range(readable, 4)}, unreadable="skip")
+    with pytest.raises(LabError, match=rf"one each for train, validation, test\. Found: dog, {readable}\."):
+        preprocess.preprocess(data, tmp_path / "raw", tmp_path / "out")

@@ -248,6 +248,17 @@ def test_epochs_to_reach_the_variant_before(tmp_path):
     table.to_csv(curves, index=False)
     rows = pages.build(study, results.gather(study, tmp_path))["steps"].rows
     assert {row[0]: row[-1] for row in rows} == {"slow": ["> 6", "baseline: 3"], "fast": ["2", "baseline: 3"]}
+def test_pictures_that_were_left_out_are_counted(tmp_path):
+    study = fabricate.study(seeds=(0,))
+    make(tmp_path, study, pictures=20)
+    assert "Left out" not in reports(tmp_path)[1] + reports(tmp_path)[2]
+    file = tmp_path / "data/processed/card.json"
+    skipped = {"count": 3, "class_counts": {"class 1": 3}, "first": ["a", "b", "c"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"skipped": skipped}))
+    write_report(study, tmp_path)
+    _, html, markdown = reports(tmp_path)
+    assert "Left out" in html and "Left out" in markdown
+    assert "3 unreadable pictures" in html and "3 unreadable pictures" in markdown
 
 
 def test_missing_results_are_named(tmp_path):

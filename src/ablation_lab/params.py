@@ -61,7 +61,8 @@ class Split(Section):
 
 class Data(Section):
     """The pictures. `image_size` is [height, width] in pixels and `color` the channels; null keeps the data set's own.
-    `limit` keeps at most so many pictures of each class in each part, for trying things out."""
+    `limit` keeps at most so many pictures of each class in each part, for trying things out. `unreadable` says whether
+    a picture that can't be decoded ends the stage or is left out."""
 
     dataset: Literal["digits", "fashion_mnist", "cifar10", "image_folder"]
     path: str | None
@@ -70,6 +71,7 @@ class Data(Section):
     resize: Literal["stretch", "pad", "crop"] = "stretch"
     split: Split = Split()
     limit: Positive | None = None
+    unreadable: Literal["error", "skip"] = "error"
 
 
 class Input(Section):

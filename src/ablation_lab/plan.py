@@ -164,7 +164,8 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     known = datasets.spec(study.data)
     processed = root / "data" / "processed"
     made_with = processed / "settings.json"
-    if made_with.exists() and files.read_json(made_with) == study.data.model_dump():
+    # Pictures made before there was `unreadable` are those of its default.
+    if made_with.exists() and {"unreadable": "error"} | files.read_json(made_with) == study.data.model_dump():
         card = files.read_json(processed / "card.json")
         return tuple(card["image_shape"]), len(card["classes"]), card["counts"]["train"], card["digest"]
     if known is None:

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import struct
+import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +22,7 @@ from ablation_lab.errors import LabError
 
 PARTS = ("train", "validation", "test")
 BLOCK_BYTES = 8 << 20  # what is decoded at once, so that memory does not grow with the data set
+NAMED = 10  # of the pictures that are left out
 
 
 def preprocess(data: params.Data, raw: Path, out: Path) -> None:
@@ -33,7 +35,11 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
         LabError: when a picture can't be read or the split is impossible; `out` is left as it was.
     """
     source = datasets.open_raw(data, raw)
-    parts = split(source.labels, source.test, source.classes, data)
+    reasons = _unreadable(data, source) if data.unreadable == "skip" else {}
+    readable = np.setdiff1d(np.arange(len(source.labels)), list(reasons))
+    given_test = None if source.test is None else source.test[readable]
+    parts = split(source.labels[readable], given_test, source.classes, data)
+    parts = {part: readable[chosen] for part, chosen in parts.items()}
     kept = np.sort(np.concatenate(list(parts.values())))
     indices = {part: np.searchsorted(kept, chosen) for part, chosen in parts.items()}
     labels = source.labels[kept].astype(np.int32)
@@ -54,6 +60,8 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
             "split": data.split.model_dump(),
             "digest": digest.hexdigest(),
         }
+        if reasons:  # else the card stays what it is without this setting
+            card["skipped"] = _skipped(data, source, list(reasons))
         (folder / "card.json").write_text(params.canonical_json(card), encoding="utf-8")
         # What the pictures were made with stands in a file of its own, since training depends on the card.
         (folder / "settings.json").write_text(params.canonical_json(data.model_dump()), encoding="utf-8")
@@ -171,13 +179,65 @@ def _limited(indices: np.ndarray, labels: np.ndarray, limit: int, seed: list[int
     return np.sort(np.concatenate(kept))
 
 
+def _decoded(data: params.Data, source: datasets.Source, index: int) -> np.ndarray:
+    image_size = data.image_size or source.image_size
+    return prepare(source.load(index), image_size, data.color or source.color, data.resize)
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)
+
+
+def _unreadable(data: params.Data, source: datasets.Source) -> dict[int, str]:
+    """The pictures that can't be decoded, in order, and why; told on standard error.
+
+    The split needs them before the first picture is written, and keeping what is decoded here would take memory or disk
+    for all pictures. So with `unreadable: skip` each picture is decoded twice.
+    """
+
+    def check(index: int) -> str | None:
+        try:
+            _decoded(data, source, index)
+        except UNREADABLE as error:
+            if isinstance(error, zipfile.BadZipFile) or getattr(error, "errno", None):
+                # The packed pictures or the disk are damaged, not the user's picture.
+                raise LabError(f"{source.name(index)}: Expected a picture. Found: {reason(error)}") from None
+            return reason(error)
+        return None
+
+    found: dict[int, str] = {}
+    total, block = len(source.labels), 1024
+    progress = tqdm(total=total, unit=" pictures", desc="check", disable=None)
+    with ThreadPoolExecutor(_threads()) as pool, progress:
+        for start in range(0, total, block):
+            indices = range(start, min(start + block, total))
+            found |= {index: why for index, why in zip(indices, pool.map(check, indices), strict=True) if why}
+            progress.update(len(indices))
+    for index, why in list(found.items())[:NAMED]:
+        print(f"left out: {source.name(index)}: {why}", file=sys.stderr)
+    if len(found) > NAMED:
+        print(f"left out: {len(found) - NAMED} more unreadable pictures, {len(found)} in all", file=sys.stderr)
+    return found
+
+
+def _skipped(data: params.Data, source: datasets.Source, indices: list[int]) -> dict[str, Any]:
+    """What the data card says of the pictures that were left out."""
+    counts = np.bincount(source.labels[indices], minlength=len(source.classes)).tolist()
+    # Where the pictures lie may differ between machines; the card must not.
+    names = [source.name(index).removeprefix(f"{data.path}: ") for index in indices[:NAMED]]
+    return {
+        "count": len(indices),
+        "class_counts": {label: count for label, count in zip(source.classes, counts, strict=True) if count},
+        "first": names,
+    }
+
+
 def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, file: Path, digest) -> list[int]:
     """Decode the kept pictures into a .npy file, a block at a time; returns their shape."""
-    color, image_size = data.color or source.color, data.image_size or source.image_size
 
     def decoded(index: int) -> np.ndarray:
         try:
-            return prepare(source.load(index), image_size, color, data.resize)
+            return _decoded(data, source, index)
         except UNREADABLE as error:
             raise LabError(f"{source.name(index)}: Expected a picture. Found: {reason(error)}") from None
 
@@ -195,7 +255,7 @@ def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, 
 
     shape = (len(kept), *first.shape)
     digest.update(json.dumps(shape).encode())
-    block, threads = max(1, BLOCK_BYTES // first.nbytes), min(16, os.cpu_count() or 1)
+    block, threads = max(1, BLOCK_BYTES // first.nbytes), _threads()
 
     def fill(pictures: np.ndarray, chosen: np.ndarray, offset: int) -> None:
         for place in range(offset, len(chosen), threads):

@@ -174,6 +174,8 @@ def _facts(study: Params, material: Material) -> list[tuple[str, str]]:
         ("Trainings", f"{_count(len(study.variants), 'variant')} × {_count(len(study.seeds), 'seed')} ({seeds})"),
         ("Trained on", f"{', '.join(devices)}, {' or '.join(_count(n, 'thread') for n in threads)} a training"),
     ]
+    if "skipped" in card:
+        facts.insert(2, ("Left out", _count(card["skipped"]["count"], "unreadable picture")))
     return [*facts, ("Source", study.study.source)] if study.study.source else facts
 
 
