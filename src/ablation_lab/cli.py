@@ -102,6 +102,26 @@ def plan(
 
 
 @app.command()
+def knockout(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Such as model.blocks.block2, model.blocks or model.dropout."),
+    ] = None,
+) -> None:
+    """Append one leave-one-out variant a component to params.yaml. Without a PATH: list what can be removed.
+
+    A mapping of components, such as model.blocks, model.head or input.augment, makes a variant of each of them.
+    model.dropout removes every dropout: of the blocks, the features and the head, also where a layer sets its own.
+    model.normalization and model.l2 do so too; model.head_dropout, model.features_dropout and model.head_l2 remove
+    theirs alone.
+    """
+    from ablation_lab import knockout as knocking_out
+
+    study = _project() / "params.yaml"
+    print(knocking_out.knock_out(study, paths) if paths else knocking_out.listed(study))
+
+
+@app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures of any size and format that Pillow reads.")],
     variant: Annotated[str, typer.Option("--variant", help="The variant whose network predicts.")],

@@ -384,8 +384,18 @@ def load(path: Path = Path("params.yaml")) -> Params:
     Raises:
         LabError: with one line of place, expectation and finding for every mistake in the file.
     """
+    raw, text = read(path)
+    return validate(raw, str(path), text)
+
+
+def read(path: Path) -> tuple[Any, str]:
+    """A study's file parsed but not checked, and its text.
+
+    Raises:
+        LabError: when it is missing, or no YAML.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise LabError(
             f"{path}: Expected the parameters of a study. Found: no such file. "
@@ -394,13 +404,12 @@ def load(path: Path = Path("params.yaml")) -> Params:
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"{path}: Expected a text file in UTF-8. Found: {error}") from None
     try:
-        raw = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        return YAML(typ="safe", pure=True).load(io.StringIO(text)), text
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise LabError(f"{path}{line}: Expected valid YAML 1.2. Found: {error.problem}") from None
     except (YAMLError, ValueError) as error:
         raise LabError(f"{path}: Expected valid YAML 1.2. Found: {error}") from None
-    return validate(raw, str(path), text)
 
 
 def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
