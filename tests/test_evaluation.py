@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -92,6 +93,33 @@ def test_evaluate_writes_means_for_dvc(tmp_path):
         "parameters": 14_345,
     }
     assert cells[-1]["status"] == "diverged" and cells[-1]["test"] is None and cells[-2]["test"]
+
+
+def sealed(study):
+    return dataclasses.replace(study, study=study.study.model_copy(update={"test": "sealed"}))
+
+
+def test_a_sealed_test_part_is_not_scored(tmp_path):
+    study = fabricate.study(seeds=(3, 5))
+    fabricate.write(tmp_path, study, diverged=[("big_pool", 5)])
+    evaluation.evaluate(study, tmp_path)
+    open_cells = read(tmp_path, "cells.json")
+    evaluation.evaluate(sealed(study), tmp_path)
+    cells = read(tmp_path, "cells.json")
+    assert [cell["test"] for cell in cells] == [None] * 6
+    assert [cell["status"] for cell in cells] == ["ok"] * 5 + ["diverged"]
+    assert [cell["validation"] for cell in cells] == [cell["validation"] for cell in open_cells]
+    means = read(tmp_path, "metrics.json")
+    assert [set(mean) for mean in means.values()] == [{"validation_accuracy", "parameters"}] * 3
+    assert means["big_pool"]["validation_accuracy"] is None
+    assert means["baseline"]["validation_accuracy"] == pytest.approx(
+        np.mean([cell["validation"]["accuracy"] for cell in cells[:2]])
+    )
+    assert np.load(tmp_path / "evaluation/correct.npy").shape == (6, 0)
+    assert (tmp_path / "evaluation/confusion.csv").read_text() == "actual,predicted\n"
+    rows = list(csv.DictReader((tmp_path / "evaluation/cells.csv").read_text().splitlines()))
+    assert {row[key] for row in rows for key in row if key.startswith("test_")} == {""}
+    assert float(rows[0]["validation_accuracy"]) == cells[0]["validation"]["accuracy"]
 
 
 def test_evaluate_gives_the_same_bytes_twice(tmp_path):

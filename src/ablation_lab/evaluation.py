@@ -7,6 +7,8 @@
 - `correct.npy`: bool, cells × test pictures, in the order of cells.json: what was classified correctly;
 - `metrics.json`: means over seeds, for `dvc metrics show`;
 - `confusion.csv`: one row a test picture of the baseline's first seed, for the plot template `confusion` of DVC.
+
+While the study's test part is sealed, nothing of it is scored: the files keep their form, without its numbers.
 """
 
 import csv
@@ -78,6 +80,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
     networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
     scored, correct, curves = [], [], []
     shown, labels = np.zeros(0, int), None
+    parts = scored_parts(study)
     for variant, seed in study.cells:
         folder = cell.folder(variant, seed, root)
         predictions = _predictions(folder / cell.PREDICTIONS, len(names))
@@ -91,12 +94,14 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         fit = files.read_json(folder / cell.RESULT)
         if fit["plan_hash"] != networks[variant]["plan_hash"]:
             raise LabError(f"{folder}: Expected the cell of today's plan. Found: another plan's. Run `dvc repro`.")
-        scores = {part: score(predictions[f"{part}_probabilities"], predictions[f"{part}_labels"]) for part in PARTS}
+        scores = {part: score(predictions[f"{part}_probabilities"], predictions[f"{part}_labels"]) for part in parts}
         if fit["status"] == "diverged" or None in scores.values():
-            fit["status"], scores = "diverged", dict.fromkeys(PARTS)
+            fit["status"], scores = "diverged", {}
+        scores = dict.fromkeys(PARTS) | scores
         scored.append({"variant": variant, "seed": seed} | {key: fit.get(key) for key in FROM_CELL} | scores)
         predicted = np.nan_to_num(predictions["test_probabilities"]).argmax(axis=1)
-        correct.append((predicted == labels) & (scores["test"] is not None))
+        right = (predicted == labels) & (scores["test"] is not None)
+        correct.append(right if "test" in parts else right[:0])
         if (variant, seed) == (study.study.baseline, study.seeds[0]) and scores["test"]:
             shown = predicted
         curves += _history(folder / cell.HISTORY, variant, seed)
@@ -109,13 +114,20 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         _write_csv(out / "cells.csv", list(rows[0]), [list(row.values()) for row in rows])
         _write_csv(out / "curves.csv", ["variant", "seed", "epoch", *CURVES], curves)
         metrics = {
-            name: _means([row for row in rows if row["variant"] == name]) | {"parameters": networks[name]["parameters"]}
+            name: _means([row for row in rows if row["variant"] == name], parts)
+            | {"parameters": networks[name]["parameters"]}
             for name in study.variants
         }
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        # Zipped with nothing, and so empty, where the test part is sealed or the training diverged.
         actual = labels if labels is not None else shown
         pairs = [[names[a], names[p]] for a, p in zip(actual.tolist(), shown.tolist(), strict=False)]
         _write_csv(out / "confusion.csv", ["actual", "predicted"], pairs)
+
+
+def scored_parts(study: Params) -> tuple[str, ...]:
+    """The parts of the data that may be scored: not the test part while it is sealed."""
+    return PARTS if study.study.test == "scored" else PARTS[:1]
 
 
 def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
@@ -157,17 +169,19 @@ def _row(scored: dict[str, Any], binary: bool) -> dict[str, Any]:
     return row
 
 
-def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+def _means(rows: list[dict[str, Any]], parts: tuple[str, ...]) -> dict[str, float | None]:
     """Means over seeds; null when a cell diverged, for the mean of the others would flatter the variant."""
-    keys = {name: name for name in ("validation_accuracy", "test_accuracy", "test_loss")}
-    keys["macro_f1"] = "test_macro_f1"
-    if any(row["status"] == "diverged" for row in rows):
-        return dict.fromkeys([*keys, "test_accuracy_std"])
+    keys = {"validation_accuracy": "validation_accuracy"}
+    if "test" in parts:
+        keys |= {"test_accuracy": "test_accuracy", "test_loss": "test_loss", "macro_f1": "test_macro_f1"}
+    diverged = any(row["status"] == "diverged" for row in rows)
     means: dict[str, float | None] = {
-        name: float(np.mean([row[column] for row in rows])) for name, column in keys.items()
+        name: None if diverged else float(np.mean([row[column] for row in rows])) for name, column in keys.items()
     }
-    accuracies = [row["test_accuracy"] for row in rows]
-    means["test_accuracy_std"] = float(np.std(accuracies, ddof=1)) if len(rows) > 1 else None
+    if "test" in parts:
+        accuracies = [row["test_accuracy"] for row in rows]
+        known = len(rows) > 1 and not diverged
+        means["test_accuracy_std"] = float(np.std(accuracies, ddof=1)) if known else None
     return means
 
 

@@ -39,7 +39,9 @@ class Section(BaseModel):
 class Study(Section):
     """What the study is called and where it comes from; never a reason to train.
 
-    `quick` marks a study that ran on a sliver of data (`ablab quick`): every table and picture says so.
+    `quick` marks a study that ran on a sliver of data (`ablab quick`): every table and picture says so. While `test` is
+    `sealed`, nothing is scored on the test part: a search compares its trials on the validation part, and the test part
+    is looked at once, for the one that was selected.
     """
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
@@ -48,6 +50,7 @@ class Study(Section):
     source: str | None = None
     notes: str | None = None
     quick: bool = False
+    test: Literal["scored", "sealed"] = "scored"
 
 
 class Split(Section):
