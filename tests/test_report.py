@@ -194,7 +194,7 @@ def test_a_hundred_classes_and_a_step_by_step_study(tmp_path):
 def test_classification_reports_are_scikit_learns(usual):
     root, study, _ = usual
     page = pages.build(study, results.gather(study, root))
-    rows = {row[0]: row[1:] for row in page["scores"]["big_pool"].rows}
+    rows = {row[0]: row[1:] for row in page["errors"]["scores"]["big_pool"].rows}
     expected = []
     for seed in study.seeds:
         with np.load(root / f"cells/big_pool/seed-{seed}/predictions.npz") as arrays:
@@ -229,7 +229,7 @@ def test_probabilities_before_and_after_training(usual):
     page = pages.build(study, results.gather(study, root))
     with np.load(root / "cells/baseline/seed-0/predictions.npz") as arrays:
         after, label = arrays["test_probabilities"][0], arrays["test_labels"][0]
-    row = page["probabilities"].rows[0]
+    row = page["errors"]["probabilities"].rows[0]
     told = row[1] if isinstance(row[1], str) else row[1][0]
     assert row[0] == f"class {label}" and told == f"10 → {100 * after[label]:.0f}\xa0%"
 
@@ -248,6 +248,8 @@ def test_epochs_to_reach_the_variant_before(tmp_path):
     table.to_csv(curves, index=False)
     rows = pages.build(study, results.gather(study, tmp_path))["steps"].rows
     assert {row[0]: row[-1] for row in rows} == {"slow": ["> 6", "baseline: 3"], "fast": ["2", "baseline: 3"]}
+
+
 def test_pictures_that_were_left_out_are_counted(tmp_path):
     study = fabricate.study(seeds=(0,))
     make(tmp_path, study, pictures=20)
@@ -259,6 +261,23 @@ def test_pictures_that_were_left_out_are_counted(tmp_path):
     _, html, markdown = reports(tmp_path)
     assert "Left out" in html and "Left out" in markdown
     assert "3 unreadable pictures" in html and "3 unreadable pictures" in markdown
+
+
+def test_while_the_test_part_is_sealed_nothing_of_it_is_told(tmp_path):
+    study = fabricate.study(no_dropout={"test_accuracy": 0.7286, "validation_accuracy": 0.9})
+    object.__setattr__(study.study, "test", "sealed")
+    make(tmp_path, study)
+    found, html, markdown = reports(tmp_path)
+    cells = [cell for one in found["variants"].values() for cell in one["cells"].values()]
+    assert {cell["test_accuracy"] for cell in cells} == {None} and {cell["status"] for cell in cells} == {"ok"}
+    assert found["variants"]["big_pool"]["delta"]["verdict"] == "undetermined"
+    words = "".join(word for word in Page(html).words if "{" not in word)  # no style sheet
+    for text in (words, markdown):
+        assert "The test part is sealed" in text and "validation accuracy" in text
+        assert "diverged" not in text and "Confusion" not in text and "Test accuracy" not in text
+    drawn = {path.stem for path in (tmp_path / "reports/figures").iterdir()}
+    networks = {f"network_{name}" for name in study.variants}
+    assert drawn == networks | {"accuracy", "curves", "train_validation", "gap", "samples", "histogram"}
 
 
 def test_missing_results_are_named(tmp_path):

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ablation_lab import statistics
 from ablation_lab.params import Params
 from ablation_lab.report import drawing
 from ablation_lab.report.results import EXAMPLES, Material
@@ -66,7 +67,8 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
     drawn = {}
     with matplotlib.rc_context(STYLE), _any_glyphs():
         made: dict[str, tuple[Figure | None, str, str, str]]
-        made = {make.__name__: make(study, material) for make in OVERVIEW}
+        overview = OVERVIEW if material.shown else UNSCORED
+        made = {make.__name__: make(study, material) for make in overview}
         made |= {f"mistakes_{name}": mistakes(study, material, name) for name in _detailed(study, material)}
         made |= {f"network_{name}": network(study, material, name) for name in study.variants}
         for name, (figure, title, alt, caption) in made.items():
@@ -82,12 +84,13 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
 
 def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     figure, axes = _rows(study.variants)
-    reported = False
+    reported, part = False, "test" if material.shown else "validation"
+    key = f"{part}_accuracy"
     for row, (name, variant) in enumerate(material.results["variants"].items()):
         color = _looks(study, name)["color"]
-        values = [cell["test_accuracy"] for cell in variant["cells"].values() if cell["test_accuracy"] is not None]
+        values = [cell[key] for cell in variant["cells"].values() if cell[key] is not None]
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
-        mean, interval = variant["test_accuracy"]["mean"], variant["test_accuracy"]["ci95"]
+        mean, interval = _summary(variant, key)["mean"], _summary(variant, key)["ci95"]
         if interval:
             axes.plot(interval, [row, row], color=color, linewidth=2, solid_capstyle="butt")
         if mean is not None:
@@ -98,20 +101,25 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
             text = f"{len(variant['cells']) - len(values)} of {len(variant['cells'])} diverged"
             low: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center", "fontsize": 9}
             axes.annotate(text, (np.mean(values), row), color="#B00020", **low)
-        if "test_accuracy" in variant["reported"]:
+        if key in variant["reported"]:
             reported = True
-            axes.plot(variant["reported"]["test_accuracy"], row, "*", color="white", markeredgecolor="#B00020", ms=13)
-    base = material.results["variants"][study.study.baseline]["test_accuracy"]["mean"]
+            axes.plot(variant["reported"][key], row, "*", color="white", markeredgecolor="#B00020", ms=13)
+    base = _summary(material.results["variants"][study.study.baseline], key)["mean"]
     if base is not None:
         axes.axvline(base, color=BASELINE, linewidth=1, linestyle="--")
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.set_xlabel("test accuracy")
+    axes.set_xlabel(f"{part} accuracy")
     axes.margins(x=0.06)
     caption = "Dots: seeds. Upright bar: their mean. Line: 95 % interval of the mean over seeds. Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
-    means = {name: variant["test_accuracy"]["mean"] for name, variant in material.results["variants"].items()}
+    means = {name: _summary(variant, key)["mean"] for name, variant in material.results["variants"].items()}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
-    return figure, "Test accuracy", f"Test accuracy of each variant, mean over seeds: {told}.", caption
+    title = f"{part.capitalize()} accuracy"
+    return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption
+
+
+def _summary(variant: dict[str, Any], key: str) -> dict[str, Any]:
+    return statistics.summarize([cell[key] for cell in variant["cells"].values()])
 
 
 def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -296,6 +304,7 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
 def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """What the network that is best on validation makes of a few test pictures, before and after training."""
     shown, names = material.shown, material.card["classes"]
+    assert shown is not None  # UNSCORED leaves this figure out
     variant = _best(study, material)
     columns = list(range(len(names))) if len(names) <= 12 else sorted(set(shown.labels.tolist()))
     rows = len(shown.pictures)
@@ -403,6 +412,8 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
 
 # What every report shows; `draw` adds figures of single variants.
 OVERVIEW = (accuracy, difference, curves, train_validation, gap, confusions, probabilities, samples, histogram)
+# While the test part is sealed.
+UNSCORED = (accuracy, curves, train_validation, gap, samples, histogram)
 
 
 def _best(study: Params, material: Material) -> str:

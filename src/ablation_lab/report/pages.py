@@ -21,11 +21,15 @@ from tabulate import tabulate
 from ablation_lab import params
 from ablation_lab.params import Params
 from ablation_lab.report.figures import QUICK, Drawn
-from ablation_lab.report.results import BINARY, Material
+from ablation_lab.report.results import BINARY, Material, Shown
 
 NONE = "–"
 VERDICT_ORDER = ("better", "worse", "indistinguishable", "undetermined", "diverged")
 SYMBOLS = {"better": "▲", "worse": "▼", "indistinguishable": "●", "undetermined": "◆", "diverged": "✕"}
+SEALED = (
+    "The test part is sealed: all accuracies are those of the validation part, on which epochs and perhaps settings "
+    "were chosen. `study.test: scored` scores the test part, once the choice is made; nothing is trained for it."
+)
 LISTED = 20  # classes up to which tables list all of them
 
 
@@ -57,18 +61,16 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "name": study.study.name,
         "notes": [part for part in re.split(r"\n\s*\n", study.study.notes or "") if part.strip()],
         "facts": _facts(study, material),
+        "sealed": SEALED if material.shown is None else None,
         "headline": _headline(study, results, text),
-        "findings": _findings(study, results, text),
+        "findings": [] if material.shown is None else _findings(study, results, text),
         "limits": _limits(study, material, text),
         "lints": [(name, lint) for name, network in material.networks.items() for lint in network["lints"]],
         "variants": _variants(study, material, text),
         "steps": _steps(study, material, text),
         "reported": _reported(study, material, text),
         "binary": _binary(study, material, text),
-        "pairs": _pairs(study, material),
-        "classes": _class_scores(study, material, text),
-        "scores": {name: _classification(name, material) for name in study.variants},
-        "probabilities": _probabilities(study, material),
+        "errors": _errors(study, material, text),
         "cells": _cells(study, material, text),
         "layers": {name: _layers(name, network) for name, network in material.networks.items()},
         "data": _data(material),
@@ -167,7 +169,9 @@ def _facts(study: Params, material: Material) -> list[tuple[str, str]]:
         (
             "Pictures",
             f"{counts['train']:,} training, {counts['validation']:,} validation, {counts['test']:,} test "
-            "(the test part is scored once, after training and selection)",
+            + (
+                "(sealed)" if material.shown is None else "(the test part is scored once, after training and selection)"
+            ),
         ),
         ("Split", ", ".join(f"{key} {_value(value)}" for key, value in card["split"].items())),
         ("Baseline", study.study.baseline),
@@ -180,6 +184,8 @@ def _facts(study: Params, material: Material) -> list[tuple[str, str]]:
 
 
 def _headline(study: Params, results: dict[str, Any], text: _Format) -> list[str]:
+    if study.study.test == "sealed":
+        return _first_on_validation(results, text)
     base = results["variants"][study.study.baseline]["test_accuracy"]
     verdicts = [one["delta"]["verdict"] for one in results["variants"].values() if one["delta"]["verdict"]]
     name = "The baseline" + (f" ({study.study.baseline})" if study.study.baseline != "baseline" else "")
@@ -196,6 +202,24 @@ def _headline(study: Params, results: dict[str, Any], text: _Format) -> list[str
         return [first]
     listed = ", ".join(f"{n} {verdict}" for verdict, n in counted)
     return [first, f"Of {_count(len(verdicts), 'change')} to it: {listed}."]
+
+
+def _first_on_validation(results: dict[str, Any], text: _Format) -> list[str]:
+    means = _validation_means(results)
+    if not means:
+        return ["Every variant diverged in some seed."]
+    best = max(means, key=lambda name: means[name])
+    first = f"{best} reaches a validation accuracy of {text.percent(means[best])}"
+    return [first + (f", the highest of {len(results['variants'])} variants." if len(results["variants"]) > 1 else ".")]
+
+
+def _validation_means(results: dict[str, Any]) -> dict[str, float]:
+    """Of the variants that no seed diverged of."""
+    return {
+        name: float(np.mean(values))
+        for name, one in results["variants"].items()
+        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
+    }
 
 
 def _findings(study: Params, results: dict[str, Any], text: _Format) -> list[dict[str, str]]:
@@ -238,6 +262,10 @@ def _limits(study: Params, material: Material, text: _Format) -> list[str]:
     verdicts = {one["delta"]["verdict"] for one in material.results["variants"].values()}
     seeds, test = len(study.seeds), material.card["counts"]["test"]
     limits = []
+    if material.shown is None:
+        return [
+            "The validation accuracy of whatever was chosen by it is too good: only the test part can say by how much."
+        ]
     if seeds == 1:
         limits.append(
             "One seed was trained, so chance can't be told from effect: no difference has an interval, a p value or a "
@@ -270,11 +298,7 @@ def _limits(study: Params, material: Material, text: _Format) -> list[str]:
             f"The interval of {', '.join(hidden)} leaves out zero and yet the adjusted p is not below 0.05: with so "
             "many comparisons and so few seeds this is a hint, which more seeds would settle."
         )
-    validation = {
-        name: float(np.mean(values))
-        for name, one in material.results["variants"].items()
-        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
-    }
+    validation = _validation_means(material.results)
     if len(validation) > 1:
         best = max(validation, key=lambda name: validation[name])
         limits.append(
@@ -287,8 +311,9 @@ def _limits(study: Params, material: Material, text: _Format) -> list[str]:
 def _variants(study: Params, material: Material, text: _Format) -> Table:
     results = material.results["variants"]
     base = results[study.study.baseline]
-    reported = any("test_accuracy" in one["reported"] for one in results.values())
-    columns = {"Variant": "l", "Change": "l", "Test": "r", "Difference": "r", "Verdict": "v"}
+    scored = material.shown is not None
+    reported = scored and any("test_accuracy" in one["reported"] for one in results.values())
+    columns = {"Variant": "l", "Change": "l"} | ({"Test": "r", "Difference": "r", "Verdict": "v"} if scored else {})
     columns |= {"Reported test": "r"} if reported else {}
     columns |= {"Validation": "r", "Training": "r", "Parameters": "r", "MACs": "r", "s/epoch": "r", "Best epoch": "r"}
     rows = []
@@ -301,10 +326,11 @@ def _variants(study: Params, material: Material, text: _Format) -> Table:
         row: list[str | list[str]] = [
             [name, note] if note else name,
             _changes(one["differences"]) or NONE,
-            text.spread([cell["test_accuracy"] for cell in cells]),
-            difference,
-            text.verdict(delta) if delta["verdict"] else "diverged" if one["test_accuracy"]["mean"] is None else NONE,
         ]
+        if scored:
+            diverged = "diverged" if one["test_accuracy"]["mean"] is None else NONE
+            verdict = text.verdict(delta) if delta["verdict"] else diverged
+            row += [text.spread([cell["test_accuracy"] for cell in cells]), difference, verdict]
         row += [text.percent(one["reported"].get("test_accuracy"))] if reported else []
         row += [
             text.spread([cell["validation_accuracy"] for cell in cells]),
@@ -390,13 +416,25 @@ def _reported(study: Params, material: Material, text: _Format) -> Table | None:
 
 def _binary(study: Params, material: Material, text: _Format) -> Table | None:
     names = material.card["classes"]
-    if len(names) != 2:
+    if len(names) != 2 or material.shown is None:
         return None
     rows: list[list] = []
     for name, one in material.results["variants"].items():
         rows.append([name, *(text.spread([cell.get(key) for cell in one["cells"].values()]) for key in BINARY)])
     columns = {"Variant": "l", "Precision": "r", "Recall": "r", "ROC AUC": "r"}
     return Table("Two classes", columns, rows, f"On the test part; the positive class is “{names[1]}”.")
+
+
+def _errors(study: Params, material: Material, text: _Format) -> dict[str, Any] | None:
+    """What the networks get wrong on the test part; nothing while it is sealed."""
+    if material.shown is None:
+        return None
+    return {
+        "pairs": _pairs(study, material),
+        "classes": _class_scores(study, material, text),
+        "scores": {name: _classification(name, material) for name in study.variants},
+        "probabilities": _probabilities(study, material, material.shown),
+    }
 
 
 def _pairs(study: Params, material: Material) -> Table:
@@ -453,9 +491,9 @@ def _classification(name: str, material: Material) -> Table:
     return Table(f"Classification report of {name}", columns, rows, "On the test part, the mean over seeds.")
 
 
-def _probabilities(study: Params, material: Material) -> Table:
+def _probabilities(study: Params, material: Material, shown: Shown) -> Table:
     """What each variant made of the shown test pictures' actual classes."""
-    shown, names = material.shown, material.card["classes"]
+    names = material.card["classes"]
     rows: list[list[str | list[str]]] = []
     for i, label in enumerate(shown.labels.tolist()):
         row: list[str | list[str]] = [_short(names[label])]

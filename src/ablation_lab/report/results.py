@@ -51,7 +51,7 @@ class Material:
         card: data/processed/card.json.
         pictures: sample pictures (uint8) with their class numbers.
         mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
-        shown: a few test pictures with the probabilities that each variant gave them.
+        shown: a few test pictures with the probabilities that each variant gave them; None while they are sealed.
     """
 
     results: dict[str, Any]
@@ -63,7 +63,7 @@ class Material:
     card: dict[str, Any]
     pictures: list[tuple[np.ndarray, int]]
     mistakes: dict[str, list[Pair]]
-    shown: Shown
+    shown: Shown | None
 
     def confusion(self, variant: str) -> np.ndarray | None:
         """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
@@ -111,9 +111,13 @@ def gather(study: Params, root: Path) -> Material:
             right[scored["variant"]][scored["seed"]] = flags[row] if scored["test"] else None
 
     baseline = study.study.baseline
-    deltas = statistics.compare(right, {name: baseline for name in study.variants if name != baseline})
-    references = {name: variant.compared_with for name, variant in study.variants.items() if variant.compared_with}
     none = {"mean": None, "ci95": None, "p_adjusted": None, "verdict": None}
+    others = {name: baseline for name in study.variants if name != baseline}
+    references = {name: variant.compared_with for name, variant in study.variants.items() if variant.compared_with}
+    if "test" in evaluation.scored_parts(study):
+        deltas, steps = statistics.compare(right, others), statistics.compare(right, references)
+    else:
+        deltas, steps = {name: none | {"verdict": "undetermined"} for name in others}, {}
     variants = {}
     for name, variant in study.variants.items():
         shown = {str(seed): _cell(cells[name, seed]) for seed in study.seeds}
@@ -135,14 +139,14 @@ def gather(study: Params, root: Path) -> Material:
     return Material(
         results,
         _timings(study, root),
-        statistics.compare(right, references),
+        steps,
         networks,
         cells,
         curves,
         card,
         _pictures(images, labels, parts["train"], card),
         {name: _mistakes(study, name, cells, images, parts["test"], root) for name in study.variants},
-        _shown(study, images, parts["test"], root),
+        _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
     )
 
 
