@@ -3,13 +3,14 @@ import json
 import math
 from pathlib import Path
 
+import fabricate
 import numpy as np
 import one_thread  # noqa: F401
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY, passed, run
 
-from ablation_lab import cell, models, params, preprocess, training
+from ablation_lab import cell, datasets, models, params, preprocess, training
 from ablation_lab.backend import keras
 from ablation_lab.datasets import digits
 
@@ -141,6 +142,47 @@ def test_a_learning_rate_that_follows_a_schedule(data, tmp_path):
     settings = {"epochs": 2, "steps_per_epoch": 4, "optimizer": {"name": "sgd", "learning_rate": rate}}
     _, _, rows = train(data, tmp_path, train=settings)
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.005])
+
+
+STUDIES = {path.stem: params.load(path) for path in sorted((ROOT / "studies").glob("*.yaml"))}
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Data sets of noise in the shapes that the ready-made studies are for."""
+    made = {}
+    for shape in {datasets.spec(study.data).image_shape for study in STUDIES.values()}:
+        made[shape] = tmp_path_factory.mktemp("noise")
+        names = [f"class {i}" for i in range(10)]
+        fabricate.data(made[shape], names, pictures=20)
+        pictures = np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8)
+        np.save(made[shape] / "data/processed/images.npy", pictures)
+        card = made[shape] / "data/processed/card.json"
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"image_shape": shape}))
+    return made
+
+
+# Variants of one study that differ in how they are trained are one network.
+NETWORKS = {
+    (study, json.dumps(variant.resolved()["model"])): (study, name)
+    for study, chosen in STUDIES.items()
+    for name, variant in chosen.variants.items()
+}
+
+
+@pytest.mark.parametrize(("study", "name"), NETWORKS.values())
+def test_each_network_of_each_study_trains_for_a_step(noise, tmp_path, study, name):
+    chosen = STUDIES[study]
+    plan = chosen.variants[name].resolved()
+    plan["train"] |= {"epochs": 1, "steps_per_epoch": 1, "batch_size": min(4, plan["train"]["batch_size"])}
+    rows: list[dict] = []
+    data = noise[datasets.spec(chosen.data).image_shape] / "data/processed"
+    _, result = training.train(plan, 0, data, tmp_path, name, rows.append)
+    with np.load(tmp_path / cell.UNTRAINED) as untrained, np.load(tmp_path / cell.PREDICTIONS) as predictions:
+        before, after = untrained["probabilities"], predictions["test_probabilities"][untrained["positions"]]
+    assert len(rows) == 1
+    assert result["status"] == ("diverged" if name == "exponential" else "ok")
+    assert not np.array_equal(before, after)  # the step moved the weights
 
 
 def test_training_accuracy_is_measured_with_dropout_off_on_the_kept_weights(data, tmp_path):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
 from ablation_lab import statistics
 from ablation_lab.params import Params
@@ -77,7 +79,7 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
             if study.study.quick and not name.startswith("network_"):
                 figure.suptitle(QUICK, color="#B00020", fontsize=13, fontweight="bold")
                 alt = f"{QUICK}. {alt}"
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+            _save(figure, folder / f"{name}.png", photographs=name.split("_")[0] in PHOTOGRAPHS)
             drawn[name] = Drawn(f"{name}.png", title, alt, caption)
     return drawn
 
@@ -414,6 +416,18 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
 OVERVIEW = (accuracy, difference, curves, train_validation, gap, confusions, probabilities, samples, histogram)
 # While the test part is sealed.
 UNSCORED = (accuracy, curves, train_validation, gap, samples, histogram)
+
+
+PHOTOGRAPHS = ("samples", "probabilities", "mistakes")
+
+
+def _save(figure: Figure, file: Path, photographs: bool) -> None:
+    """Write a PNG; one without photographs in 256 colours, half as large, so that the page stays small."""
+    buffer = BytesIO()
+    figure.savefig(buffer, metadata={"Software": None})
+    with Image.open(buffer) as image:
+        shown = image.convert("RGB")
+        (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
 
 
 def _best(study: Params, material: Material) -> str:
