@@ -174,13 +174,22 @@ def _facts(study: Params, material: Material) -> list[tuple[str, str]]:
             ),
         ),
         ("Split", ", ".join(f"{key} {_value(value)}" for key, value in card["split"].items())),
-        ("Baseline", study.study.baseline),
+        ("Baseline", f"{study.study.baseline}: {_length(study.baseline)}"),
         ("Trainings", f"{_count(len(study.variants), 'variant')} × {_count(len(study.seeds), 'seed')} ({seeds})"),
         ("Trained on", f"{', '.join(devices)}, {' or '.join(_count(n, 'thread') for n in threads)} a training"),
     ]
     if "skipped" in card:
         facts.insert(2, ("Left out", _count(card["skipped"]["count"], "unreadable picture")))
     return [*facts, ("Source", study.study.source)] if study.study.source else facts
+
+
+def _length(variant: params.Variant) -> str:
+    """How long a variant is trained, and on what part of the training pictures."""
+    train, fraction = variant.train, variant.input.fraction
+    told = f"{'up to ' if train.early_stopping else ''}{_count(train.epochs, 'epoch')}"
+    told += f" of {_count(train.steps_per_epoch, 'batch')}" if train.steps_per_epoch else ""
+    told += f", {_count(train.batch_size, 'picture')} a batch"
+    return told + (f", {100 * fraction:g} % of the training part" if fraction < 1 else "")
 
 
 def _headline(study: Params, results: dict[str, Any], text: _Format) -> list[str]:
@@ -621,7 +630,7 @@ def _range(values: list[int]) -> str:
 
 
 def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what.endswith('ch') else 's'}"
 
 
 def _minus(text: str) -> str:
