@@ -217,7 +217,8 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timings(study: Params, root: Path) -> dict[str, Any]:
-    """Seconds of each cell; of a variant the mean over its cells. `total_seconds` is one whole training."""
+    """Seconds of each cell, of an epoch their median; of a variant the mean over its cells. `total_seconds` is one
+    whole training."""
     timings: dict[str, Any] = {}
     for name in study.variants:
         cells = {}
@@ -225,7 +226,8 @@ def _timings(study: Params, root: Path) -> dict[str, Any]:
             measured = files.read_json(cell.folder(name, seed, root) / cell.TIMING)
             epochs = measured["epoch_seconds"]
             cells[str(seed)] = {
-                "seconds_per_epoch": float(np.mean(epochs)) if epochs else None,
+                # The median: the first epoch also compiles, and a busy machine slows some of them down.
+                "seconds_per_epoch": float(np.median(epochs)) if epochs else None,
                 "total_seconds": measured["total_seconds"],
                 "device": measured["device"],
                 "threads": measured["threads"],
