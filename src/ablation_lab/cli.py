@@ -167,6 +167,21 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
 
 
 @app.command()
+def search(
+    overrides: Annotated[
+        list[str],
+        typer.Option("-S", "--set-param", help="KEY=VALUES: 1,2,3 or int(interval(16,256)) or tag(log,interval(a,b))."),
+    ],
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many combinations to try in all.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="What the proposals depend on.")] = 0,
+) -> None:
+    """Search for the values with the best validation accuracy. Each trial is an experiment of DVC's."""
+    from ablation_lab import search as searching
+
+    sys.exit(searching.search(_project(), overrides, trials, seed))
+
+
+@app.command()
 def quick() -> None:
     """Run the whole current study on a sliver of data for one epoch, in the folder quick/: does everything work?"""
     from ablation_lab import quick as quick_check

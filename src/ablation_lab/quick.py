@@ -1,15 +1,14 @@
 """A quick check of a study: the real pipeline on a sliver of data, in a folder of its own."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from ablation_lab import params
+from ablation_lab.dvc_command import DVC, environment
 
 FOLDER = "quick"
 PICTURES = 24  # of each class, in each part
@@ -36,14 +35,9 @@ def run(root: Path) -> int:
         sliver = shrink(yaml.load(file), root)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(sliver, file)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
-    environment["DVC_NO_ANALYTICS"] = "1"
-    # Stages run `python`, whether or not the user's shell has activated the environment.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    dvc = [sys.executable, "-m", "dvc"]
     if not (folder / ".dvc").exists():
-        subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=folder, env=environment, check=True)
-    status = subprocess.run([*dvc, "repro"], cwd=folder, env=environment, check=False).returncode
+        subprocess.run([*DVC, "init", "--no-scm", "--quiet"], cwd=folder, env=environment(), check=True)
+    status = subprocess.run([*DVC, "repro"], cwd=folder, env=environment(), check=False).returncode
     if status == 0:
         print(f"\nEverything works. Look at {FOLDER}/reports/report.html; its numbers mean nothing.")
     return status
