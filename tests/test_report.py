@@ -293,6 +293,11 @@ def test_missing_results_are_named(tmp_path):
         write_report(study, tmp_path)
 
 
+def test_a_note_may_emphasise_and_nothing_else():
+    shown = pages._emphasised("Pixels *(inferred)*, `-S a=*b*`, 2 * 3 * 4, <b>x</b>")
+    assert shown == "Pixels <em>(inferred)</em>, <code>-S a=*b*</code>, 2 * 3 * 4, &lt;b&gt;x&lt;/b&gt;"
+
+
 def test_escape_markdown_leaves_names_of_variants_readable():
     assert pages.escape_markdown("no_dropout") == "no_dropout"
     assert pages.escape_markdown("_x_ <b>|`") == r"\_x\_ &lt;b&gt;\|\`"

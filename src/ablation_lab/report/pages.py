@@ -83,6 +83,7 @@ def html(page: dict[str, Any], drawn: Mapping[str, Drawn], reports: Path) -> str
     """One self-contained file: styles inline, pictures from `reports/figures/` embedded."""
     environment = _environment(autoescape=True)
     environment.filters["breakable"] = lambda text: Markup(re.sub(r"(?<=[_.])(?=[A-Za-z])", "<wbr>", str(escape(text))))
+    environment.filters["emphasised"] = _emphasised
     environment.filters["data_url"] = lambda figure: _data_url(reports / "figures" / figure.file)
     environment.filters["size"] = lambda figure: _size(reports / "figures" / figure.file)
     style = Markup(environment.get_template("style.css").render())
@@ -94,6 +95,12 @@ def markdown(page: dict[str, Any], drawn: Mapping[str, Drawn]) -> str:
     environment = _environment(autoescape=False, finalize=escape_markdown)
     text = environment.get_template("report.md.jinja").render(page, figures=drawn, symbols=SYMBOLS)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _emphasised(text: str) -> Markup:
+    """A note's `code` and *emphasis*, as Markdown has them; all else is text."""
+    found = r"`([^`]+)`|(?<!\w)\*(?=\S)([^*`]+)(?<=\S)\*(?!\w)"
+    return Markup(re.sub(found, lambda m: f"<code>{m[1]}</code>" if m[1] else f"<em>{m[2]}</em>", str(escape(text))))
 
 
 def text_table(page: dict[str, Any]) -> str:
