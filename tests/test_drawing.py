@@ -1,3 +1,4 @@
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch
 
 from ablation_lab.report import drawing
@@ -64,9 +65,19 @@ def test_what_differs_is_framed():
     assert thick(drawing.draw(residual(), without_relu, 6)) == [False, False, True, False]
 
 
-def test_a_network_in_the_network_is_fed_by_what_stands_before_it():
-    layers = [layer("image", "InputLayer", []), layer("inner", "Conv2D", ["unknown"]), layer("out", "Dense", ["inner"])]
-    assert [box.inputs for box in drawing._boxes(layers)] == [[], [0], [1]]
+def test_long_names_stay_in_their_box():
+    network = residual()
+    network["layers"][2]["name"] = network["layers"][3]["inputs"][0] = (
+        "the_first_separable_convolution_of_the_encoder" * 3
+    )
+    figure = drawing.draw(network, None, 6)
+    canvas = FigureCanvasAgg(figure)
+    boxes = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
+    right = boxes[0].get_window_extent(canvas.get_renderer()).x1
+    texts = [text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts]
+    assert max(extent.x1 for extent in texts) < right
+    overlaps = [a for a in texts for b in texts if a is not b and a.overlaps(b)]
+    assert not overlaps
 
 
 def test_a_network_of_very_many_layers_is_not_drawn():

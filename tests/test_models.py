@@ -146,7 +146,7 @@ def test_a_network_of_the_users_stands_behind_the_rescaling(own_networks):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype("uint8")
     np.testing.assert_allclose(built.predict(pictures, verbose=0).sum(axis=1), 1, rtol=1e-5)
     assert built.layers[1].name == "rescale"
-    custom.check(built, pictures, 4, "networks.mine:good")
+    custom.check(built, (8, 8, 3), 4, "networks.mine:good")
     assert built.count_params() == (8 * 8 * 3 + 1) * 7 + (7 + 1) * 4
 
 
@@ -158,7 +158,7 @@ def test_a_network_of_the_users_stands_behind_the_rescaling(own_networks):
             {},
             "Expected a module that can be imported, such as networks.mine for networks/mine.py.",
         ),
-        ("networks.mine:goood", {}, "Expected a function of networks.mine: broken, good, logits, private, text."),
+        ("networks.mine:goood", {}, "Expected a function of networks.mine: broken, forgetful, good,"),
         (
             "networks.mine:good",
             {"unit": 3},
@@ -185,12 +185,13 @@ def test_the_place_in_the_users_own_file_is_told(own_networks):
     [
         ("logits", 'Expected probabilities of 4 classes, as a last layer Dense(classes, activation="softmax") gives'),
         ("private", "layers of your own need @keras.saving.register_keras_serializable() and get_config()."),
+        ("forgetful", "Does the get_config() of a layer of your own leave out an argument?"),
+        ("sigmoids", "a sum of "),
     ],
 )
 def test_a_network_that_training_could_not_use_is_refused(own_networks, function, message):
-    pictures = np.full((2, 8, 8, 3), 200, np.uint8)
     with pytest.raises(models.NetworkError) as caught:
-        custom.check(own(f"networks.mine:{function}"), pictures, 4, f"networks.mine:{function}")
+        custom.check(own(f"networks.mine:{function}"), (8, 8, 3), 4, f"networks.mine:{function}")
     assert message in str(caught.value)
 
 
@@ -203,6 +204,13 @@ def test_the_sources_of_a_users_network_are_what_it_imports_below_the_root(own_n
     assert custom.lint(found) is None
     assert "DVC notices changes of files in networks/ only" in custom.lint(found | {"elsewhere.py": "0"})
     assert "an installed package" in custom.lint(custom.sources("keras.applications:ResNet50", own_networks))
+
+
+def test_a_folder_without_init_is_told_since_its_edits_would_go_unnoticed(own_networks):
+    (own_networks / "networks/deep").mkdir()
+    (own_networks / "networks/deep/net.py").write_text("")
+    with pytest.raises(models.NetworkError, match=r"an `__init__\.py`, so that their edits are noticed"):
+        custom.sources("networks.deep.net:build", own_networks)
 
 
 MINE = """
@@ -236,6 +244,28 @@ class Private(layers.Layer):
 
 def private(image_shape, classes):
     return keras.Sequential([keras.Input(image_shape), Private(), layers.Flatten(), layers.Dense(classes, "softmax")])
+
+
+@keras.saving.register_keras_serializable()
+class Forgetful(layers.Layer):
+    def __init__(self, scale=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+    def get_config(self):
+        return super().get_config()
+
+
+def forgetful(image_shape, classes):
+    outside = [Forgetful(30.0), layers.Flatten(), layers.Dense(classes, "softmax")]
+    return keras.Sequential([keras.Input(image_shape), *outside])
+
+
+def sigmoids(image_shape, classes):
+    return keras.Sequential([keras.Input(image_shape), layers.Flatten(), layers.Dense(classes, "sigmoid")])
 """
 
 

@@ -76,7 +76,7 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (
             ("model", "builder"),
             "cmn",
-            "Expected one of cnn, mlp, resnet, or package.module:function for a network of your own. "
+            "Expected one of cnn, mlp, resnet, or a network of your own as networks.example:build. "
             'Found: "cmn". Did you mean cnn?',
         ),
         (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),
@@ -97,6 +97,17 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (("seeds",), [], "seeds: Expected at least 1 item. Found: []."),
         (("seeds",), [1, 1], "seeds: Expected each seed once. Found: [1, 1]."),
         (("seeds",), [0, -1], "seeds.1: Expected a value greater than or equal to 0. Found: -1."),
+        (
+            ("train", "optimizer", "learning_rate"),
+            -1,
+            "train.optimizer.learning_rate: Expected a value greater than 0. Found: -1.",
+        ),
+        (
+            ("train", "optimizer", "learning_rate"),
+            {"nam": "CosineDecay"},
+            "train.optimizer.learning_rate.name: Expected a value. Found: null.",
+        ),
+        (("model", "builder"), "networks/own.py:build", "or a network of your own as networks.example:build. Found:"),
         (("study", "baseline"), "bsae", "study.baseline: Expected one of the variants: baseline, no_dropout."),
         (("variants", "empty"), {}, "variants.empty: Expected a change of input, model or train"),
         (("variants", "empty"), None, "variants.empty: Expected a change of input, model or train"),

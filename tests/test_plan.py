@@ -5,7 +5,8 @@ import one_thread  # noqa: F401
 import pytest
 from conftest import ROOT, TINY
 
-from ablation_lab import cell, params, plan
+from ablation_lab import cell, models, params, plan
+from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -177,3 +178,48 @@ def test_reasons_and_minutes(tmp_path):
     table = plan.table(study, described, plan.reasons(study, described, "d", tmp_path), minutes)
     assert "4 of 4 cells to train, about 41 min" in table
     assert "model.dropout: 0.25 → 0.0" in table
+
+
+def sources(network: keras.Model) -> dict[str, list[str]]:
+    return {placed.name: placed.inputs for placed in plan._flat(network)}
+
+
+def test_what_feeds_a_layer_in_a_network_inside_the_network():
+    model = {"builder": "networks.example:build", "any_size": False}
+    network = models.build(model, "unit", (8, 8, 3), 4)
+    found = sources(network)
+    assert found["branch3"] == found["branch5"] == ["rescale"]
+    (joined,) = (name for name in found if name.startswith("concatenate"))
+    assert found[joined] == ["branch3", "branch5"]
+
+
+def test_what_feeds_a_layer_through_operations_that_are_none_and_names_that_occur_twice():
+    inputs = keras.Input((4, 4, 1), name="image")
+    left = keras.layers.Conv2D(2, 1, name="conv")(inputs)
+    inner = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(2, 1, name="conv")], name="inner")
+    x = keras.layers.Flatten(name="flat")(left + inner(inputs))
+    found = sources(keras.Model(inputs, keras.layers.Dense(3, name="out")(x)))
+    assert found == {"image": [], "conv": ["image"], "conv_2": ["image"], "flat": ["conv", "conv_2"], "out": ["flat"]}
+
+
+@keras.saving.register_keras_serializable()
+class Odd(keras.layers.Layer):
+    """A layer with two outputs and a matrix of weights, whose configuration has a window but no strides."""
+
+    def build(self, shape):
+        self.matrix = self.add_weight(shape=(shape[-1], 2))
+
+    def call(self, inputs):
+        return inputs @ self.matrix, inputs
+
+    def get_config(self):
+        return super().get_config() | {"kernel_size": 3}
+
+
+def test_layers_of_any_kind_can_be_described():
+    inputs = keras.Input((4, 4, 1), name="image")
+    outputs, _ = Odd(name="odd")(inputs)
+    placed = plan._flat(keras.Model(inputs, outputs))
+    described = plan._layer(placed[1])
+    assert described["output_shape"] == [4, 4, 2] and described["detail"] == "3" and described["inputs"] == ["image"]
+    assert plan._uncounted(placed) == "its multiply-accumulates leave out Odd"

@@ -111,6 +111,12 @@ def test_no_combination_is_proposed_twice_and_a_finite_space_ends():
     assert len(tried) == len({tuple(values.values()) for values in tried}) == 2 * 3 * 2
 
 
+def test_a_continuous_range_that_is_narrower_than_the_digits_of_a_value_ends():
+    space = {"kind": CategoricalDistribution(["a"]), "units": IntDistribution(20, 20)}
+    tried = proposed(100, seed=0, space=space | {"rate": FloatDistribution(0.999, 0.9995)})
+    assert sorted(values["rate"] for values in tried) == ["0.999", "0.9991", "0.9992", "0.9993", "0.9994", "0.9995"]
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A study with a sealed test part, committed, its own cell trained."""

@@ -172,6 +172,10 @@ def test_an_edit_of_a_users_network_retrains_the_cells_that_use_it(project: Path
     assert retrained(project, study) == ["own-0", "own-1"]
     network.write_text(text)
     assert retrained(project, study) == []
+    compiled = project / "networks/__pycache__/example.cpython-399.pyc"
+    compiled.parent.mkdir(exist_ok=True)
+    compiled.write_bytes(b"what another Python makes")
+    assert "networks" not in passed(run(project, "dvc", "status", "plan"))
 
 
 def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Path, study: dict):

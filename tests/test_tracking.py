@@ -40,6 +40,15 @@ def store(tmp_path, monkeypatch):
     return runs
 
 
+def test_settings_of_a_users_network_are_logged_whatever_they_are():
+    settings = {"layers": [{"filters": 16}, {"filters": 32}], "blocks": [{"name": "a", "filters": 8}], "mixed": [{}, 1]}
+    assert tracking.flat(settings) == {
+        "layers": [{"filters": 16}, {"filters": 32}],
+        "blocks.a.filters": 8,
+        "mixed": [{}, 1],
+    }
+
+
 def test_a_run_has_the_cells_settings_metrics_and_tags(store, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train@variant-0")
     monkeypatch.setenv("DVC_EXP_NAME", "try")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -24,6 +24,7 @@ from ablation_lab.errors import LabError
 PATCHED = ("input", "model", "train")
 # Words that YAML 1.1 readers take for a boolean or nothing, so that a variant of this name would lose it somewhere.
 MISREAD = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 SLUG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -222,7 +223,7 @@ class Custom(Section):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
-    builder: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+    builder: str
     any_size: bool = False
 
     def resolved(self) -> dict[str, Any]:
@@ -248,7 +249,10 @@ class Optimizer(Section):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     name: Annotated[str, AfterValidator(str.lower)] = "adam"
-    learning_rate: Annotated[float, Field(gt=0)] | Schedule = 0.001
+    learning_rate: Annotated[
+        Annotated[float, Field(gt=0), Tag("<number>")] | Annotated[Schedule, Tag("<schedule>")],
+        Discriminator(lambda value: "<schedule>" if isinstance(value, dict | Schedule) else "<number>"),
+    ] = 0.001
 
 
 class EarlyStopping(Section):
@@ -545,10 +549,10 @@ def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -
 def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Network | Custom, Train] | None:
     name = merged["model"].get("builder") if isinstance(merged["model"], dict) else None
     builder: type[Section] | None = BUILDERS.get(name) if isinstance(name, str) else None
-    if isinstance(name, str) and ":" in name:
+    if isinstance(name, str) and FUNCTION.fullmatch(name):
         builder = Custom
     if builder is None:
-        expected = f"one of {', '.join(BUILDERS)}, or package.module:function for a network of your own"
+        expected = f"one of {', '.join(BUILDERS)}, or a network of your own as networks.example:build"
         problems.add(place(("model", "builder")), expected, name, list(BUILDERS))
         return None
     checked_input = problems.check(Input, merged["input"], ("input",), place)
@@ -673,7 +677,7 @@ def _expectation(message: str) -> str:
 
 def _without_types(loc: tuple) -> tuple:
     """pydantic puts the kinds of union members (`constrained-float`, `list[str]`) into a place; no user wrote them."""
-    return tuple(key for key in loc if isinstance(key, int) or not re.search(r"^constrained-|^float$|\[", str(key)))
+    return tuple(key for key in loc if isinstance(key, int) or not re.search(r"^constrained-|^float$|\[|^<", str(key)))
 
 
 def _section_at(kind: type[Section], loc: tuple) -> type[Section]:

@@ -1,9 +1,10 @@
 """The plan: every variant resolved, built and sized before anything is trained."""
 
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ def describe(
         except (TypeError, ValueError) as error:
             problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
             continue
-        layers = [_layer(layer) for layer in _flat(network)]
+        placed = _flat(network)
+        layers = [_layer(one) for one in placed]
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
         lints = [] if twin == name else [f"{name} is the same network as {twin}, trained the same way"]
         if "code" in fixed and (unseen := custom.lint(fixed["code"])):
             lints.append(unseen)
+        if uncounted := _uncounted(placed):
+            lints.append(uncounted)
         found[name] = {
             "parameters": network.count_params(),
             "trainable_parameters": sum(_size(weight) for weight in network.trainable_weights),
@@ -226,13 +230,16 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
     """Build a network, and use once everything of Keras' that is only named in the study: what would stop a training
     after hours of others stops the plan."""
     chosen = variant.resolved()
+    keras.utils.clear_session()  # layers that name themselves have the same names in every variant
     try:
         # A network for pictures of any size is sized at that of the data.
         model = chosen["model"] | {"any_size": False}
         network = models.build(model, chosen["input"]["rescale"], image_shape, classes)
         pictures = np.zeros((2, *image_shape), np.uint8)
         if ":" in model["builder"]:
-            custom.check(network, pictures, classes, model["builder"])
+            custom.check(network, image_shape, classes, model["builder"])
+            if chosen["model"]["any_size"]:
+                models.build(chosen["model"], chosen["input"]["rescale"], image_shape, classes)
         for layer in optimization.augmentation(chosen["input"]["augment"]):
             changed = layer(pictures, training=True)
             if tuple(changed.shape) != pictures.shape:
@@ -257,7 +264,7 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
 def _fingerprint(network: keras.Model, variant: Variant) -> str:
     """Equal for networks that differ in names alone and are fed and trained in the same way."""
     layers = []
-    for layer in _flat(network):
+    for layer in (placed.layer for placed in _flat(network)):
         config = {key: value for key, value in layer.get_config().items() if key != "name"}
         layers.append([type(layer).__name__, config])
     chosen = variant.resolved()
@@ -266,36 +273,80 @@ def _fingerprint(network: keras.Model, variant: Variant) -> str:
     return json.dumps([layers, wiring, chosen["input"], chosen["train"]], sort_keys=True, default=str)
 
 
-def _flat(network: keras.Model) -> Iterator[keras.layers.Layer]:
+@dataclass(frozen=True)
+class Placed:
+    """A layer of a network, under a name of its own, and the names of the layers that feed it."""
+
+    name: str
+    layer: keras.layers.Layer
+    inputs: list[str]
+
+
+def _flat(network: keras.Model) -> list[Placed]:
     """The layers of a network, those of networks inside it in their place."""
-    for layer in network.layers:
-        if isinstance(layer, keras.Sequential) or hasattr(layer, "operations"):
-            yield from (inner for inner in _flat(layer) if not isinstance(inner, keras.layers.InputLayer))
-        else:
-            yield layer
+    found: list[Placed] = []
+    sources: dict[int, list[str]] = {}  # of what comes out of a layer or a network, by its id
+
+    def behind(tensor: Any) -> list[str]:
+        operation, node, _ = tensor._keras_history
+        if id(operation) in sources:
+            return sources[id(operation)]
+        # An operation that is no layer, such as a + b: what feeds it.
+        tensors = operation._inbound_nodes[node].arguments.keras_tensors
+        return list(dict.fromkeys(name for one in tensors for name in behind(one)))
+
+    def walk(model: keras.Model, inner: bool) -> None:
+        graph = model._functional if isinstance(model, keras.Sequential) else model
+        own = {id(node) for nodes in graph._nodes_by_depth.values() for node in nodes}
+        for layer in graph.layers:
+            if inner and isinstance(layer, keras.layers.InputLayer):
+                continue  # what feeds the network inside stands for it
+            nodes = [node for node in layer._inbound_nodes if id(node) in own]
+            tensors = [tensor for node in nodes for tensor in node.arguments.keras_tensors]
+            if isinstance(layer, keras.Sequential) or hasattr(layer, "operations"):
+                inside = layer._functional if isinstance(layer, keras.Sequential) else layer
+                for given, tensor in zip(inside.inputs, tensors, strict=False):
+                    sources[id(given._keras_history.operation)] = behind(tensor)
+                walk(layer, inner=True)
+                outputs = [name for one in inside.outputs for name in behind(one)]
+                sources[id(layer)] = list(dict.fromkeys(outputs))
+                continue
+            taken = {placed.name for placed in found}
+            numbered = (f"{layer.name}_{number}" for number in itertools.count(2))
+            name = next(one for one in itertools.chain([layer.name], numbered) if one not in taken)
+            found.append(Placed(name, layer, list(dict.fromkeys(name for one in tensors for name in behind(one)))))
+            sources[id(layer)] = [name]
+
+    walk(network, inner=False)
+    return found
 
 
-def _layer(layer: keras.layers.Layer) -> dict[str, Any]:
+def _layer(placed: Placed) -> dict[str, Any]:
     return {
-        "name": layer.name,
-        "type": type(layer).__name__,
-        "detail": _detail(layer),
-        "inputs": [tensor._keras_history.operation.name for tensor in keras.tree.flatten(layer.input)],
-        "output_shape": list(layer.output.shape[1:]),
-        "parameters": layer.count_params(),
-        "macs": macs(layer),
+        "name": placed.name,
+        "type": type(placed.layer).__name__,
+        "detail": _detail(placed.layer),
+        "inputs": placed.inputs,
+        "output_shape": list(_output_shape(placed.layer)),
+        "parameters": placed.layer.count_params(),
+        "macs": macs(placed.layer),
     }
+
+
+def _output_shape(layer: keras.layers.Layer) -> tuple[int | None, ...]:
+    """Of one picture; of a layer with several outputs that of the first."""
+    return tuple(keras.tree.flatten(layer.output)[0].shape[1:])
 
 
 def _detail(layer: keras.layers.Layer) -> str:
     """What a drawing says of a layer beside its type: window, stride, padding, rate, activation."""
     settings = layer.get_config()
     found = []
-    if window := settings.get("kernel_size") or settings.get("pool_size"):
-        found.append("×".join(map(str, window)))
-        strides = settings["strides"]
-        if tuple(strides) != tuple(settings.get("pool_size", (1, 1))):
-            found.append(f"stride {strides[0]}" if len(set(strides)) == 1 else f"strides {'×'.join(map(str, strides))}")
+    if window := _sizes(settings.get("kernel_size") or settings.get("pool_size")):
+        found.append("×".join(window))
+        strides = _sizes(settings.get("strides"))
+        if strides and set(strides) != {"1"} and strides != _sizes(settings.get("pool_size")):
+            found.append(f"stride {strides[0]}" if len(set(strides)) == 1 else f"strides {'×'.join(strides)}")
         found += ["same"] if settings.get("padding") == "same" else []
     found += [f"{settings['rate']:g}"] if isinstance(settings.get("rate"), int | float) else []
     activation = settings.get("activation")
@@ -303,10 +354,24 @@ def _detail(layer: keras.layers.Layer) -> str:
     return ", ".join(found)
 
 
+def _sizes(value: Any) -> list[str]:
+    return [str(one) for one in keras.tree.flatten(value)] if value else []
+
+
+def _uncounted(placed: list[Placed]) -> str | None:
+    """A warning where layers with matrices of weights are of a type whose multiply-accumulates nobody has counted."""
+    kinds = {
+        type(one.layer).__name__
+        for one in placed
+        if not macs(one.layer) and any(len(weight.shape) > 1 for weight in one.layer.weights)
+    }
+    return f"its multiply-accumulates leave out {', '.join(sorted(kinds))}" if kinds else None
+
+
 def macs(layer: keras.layers.Layer) -> int:
     """Multiply-accumulates of a layer for one picture; only convolutions and dense layers count."""
-    out = layer.output.shape[1:]
-    positions = out[0] * out[1] if len(out) == 3 and None not in out else 1
+    out = _output_shape(layer)
+    positions = math.prod(size for size in out[:2] if size) if len(out) == 3 else 1
     match type(layer).__name__:
         case "Conv2D" | "DepthwiseConv2D":
             return positions * _size(layer.kernel)

@@ -40,6 +40,7 @@ from ablation_lab.params import Params
 # Random proposals before the sampler has something to learn from. Not a share of the trials: a search with more of them
 # starts like one with fewer, so that it can go on from there.
 RANDOM_TRIALS = 6
+REPEATED = 1000  # proposals in a row that are known already, after which there are no others
 DIGITS = 4  # significant ones of a proposed number: what is shown, typed again and trained is the same
 # Other pictures or seeds would make the trials' validation results incomparable.
 SEARCHED = ("input", "model", "train", "variants")
@@ -205,14 +206,17 @@ def maximise(
     random = optuna.samplers.RandomSampler(seed=seed)
     proposals = optuna.create_study(direction="maximize", sampler=tpe)
     seen: set[tuple[str, ...]] = set()
-    while len(seen) < min(trials, math.prod(_count(one) for one in space.values())):
+    repeated = 0  # in a row: rounded, even a continuous range may hold few values
+    while len(seen) < min(trials, math.prod(_count(one) for one in space.values())) and repeated < REPEATED:
         proposal = proposals.ask(dict(space))
         values = {key: _text(proposal.params[key], space[key]) for key in space}
         if tuple(values.values()) in seen:
             # TPE would go on proposing it: what it has learned since is nothing.
             proposals.tell(proposal, state=TrialState.FAIL)
             proposals.sampler = random
+            repeated += 1
             continue
+        repeated = 0
         seen.add(tuple(values.values()))
         proposals.tell(proposal, objective(values))
         proposals.sampler = tpe

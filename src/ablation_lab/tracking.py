@@ -243,7 +243,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted names; a list of layers goes by the layers' names."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
             value = {layer["name"]: {k: v for k, v in layer.items() if k != "name"} for layer in value}
         if isinstance(value, dict) and value:
             found |= flat(value, f"{prefix}{key}.")

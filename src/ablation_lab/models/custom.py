@@ -45,25 +45,31 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
     return built
 
 
-def check(network: keras.Model, pictures: np.ndarray, classes: int, builder: str) -> None:
+def check(network: keras.Model, image_shape: Sequence[int], classes: int, builder: str) -> None:
     """Use a network once as training and predicting will: probabilities come out, and Keras can save and load it.
 
     Args:
         network: takes raw pictures.
-        pictures: a few of the right shape.
+        image_shape: height, width and channels of those pictures.
 
     Raises:
         NetworkError: telling what is wrong with it.
     """
+    pictures = np.random.default_rng(0).integers(0, 256, (4, *image_shape), dtype=np.uint8)
     try:
         copy = keras.models.model_from_json(network.to_json())
         copy.set_weights(network.get_weights())
-        outputs = copy(pictures).numpy()
+        outputs, expected = copy(pictures).numpy(), network(pictures).numpy()
     except Exception as error:  # Keras names what it can't save in many ways
         raise NetworkError(
             f"model.builder {builder}: Expected a network that Keras can save and load; layers of your own need "
             f"@keras.saving.register_keras_serializable() and get_config(). Found: {_told(error)}"
         ) from error
+    if outputs.shape != expected.shape or not np.allclose(outputs, expected, rtol=1e-3, atol=1e-5):
+        raise NetworkError(
+            f"model.builder {builder}: Expected a network that is the same once Keras has saved and loaded it. Found: "
+            "other outputs. Does the get_config() of a layer of your own leave out an argument?"
+        )
     if outputs.shape != (len(pictures), classes) or not np.allclose(outputs.sum(axis=1), 1, atol=1e-3):
         raise NetworkError(
             f"model.builder {builder}: Expected probabilities of {classes} classes, as a last layer "
@@ -102,6 +108,11 @@ def sources(builder: str, root: Path) -> dict[str, str]:
         finder.import_hook(builder.partition(":")[0])
     except (ImportError, SyntaxError):
         return {}  # find() says why
+    except AttributeError:  # modulefinder's way of meeting a folder without __init__.py
+        raise NetworkError(
+            f"model.builder {builder}: Expected modules in folders with an `__init__.py`, so that their edits are "
+            "noticed. Found: a folder without one, among what it imports."
+        ) from None
     paths = {Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))}
     return {
         path.relative_to(root.resolve()).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()

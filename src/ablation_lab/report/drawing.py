@@ -21,6 +21,7 @@ OTHER = "#f6f2d5"
 # Layers that change no shape: written into the box of the layer that feeds them.
 FOLDED = {"Activation", "ReLU", "LeakyReLU", "BatchNormalization", "LayerNormalization", "Dropout", "SpatialDropout2D"}
 MOST = 80  # boxes; a taller picture is no picture
+LARGE, SMALL = 0.102, 0.08  # inches of a letter, wide ones counted
 HEIGHT, GAP = 0.52, 0.16  # inches of a box, and between two
 
 
@@ -81,8 +82,11 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
             *(one["detail"] if one["type"] == "Activation" else _told(one) for one in box.folded),
         ]
         high, low = y - 0.32 * HEIGHT, y - 0.74 * HEIGHT
-        axes.text(left + 0.1, high, _told(box.layer), va="center", fontsize=10, fontweight="bold")
-        axes.text(left + 0.1, low, " → ".join(steps), va="center", fontsize=9, color="#333333")
+        room = right - left - 0.3
+        told = _short(_told(box.layer), int((room - SMALL * len(shape)) / LARGE))
+        axes.text(left + 0.1, high, told, va="center", fontsize=10, fontweight="bold")
+        told = _short(" → ".join(steps), int((room - SMALL * len(f"{parameters:,}")) / SMALL))
+        axes.text(left + 0.1, low, told, va="center", fontsize=9, color="#333333")
         axes.text(right - 0.1, high, shape, va="center", ha="right", fontsize=9)
         if parameters:
             axes.text(right - 0.1, low, f"{parameters:,}", va="center", ha="right", fontsize=9, color="#333333")
@@ -110,12 +114,7 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
 def _boxes(layers: list[dict[str, Any]]) -> list[Box]:
     """Layers in the order in which data flows, those without a shape of their own folded into what feeds them."""
     names = {layer["name"] for layer in layers}
-    feeds: dict[str, list[str]] = {}
-    previous = ""
-    for layer in layers:
-        # The first layer of a network inside the network is fed by what stands before it.
-        feeds[layer["name"]] = [name for name in layer["inputs"] if name in names] or ([previous] if previous else [])
-        previous = layer["name"]
+    feeds = {layer["name"]: [name for name in layer["inputs"] if name in names] for layer in layers}
     users: dict[str, int] = {}
     for sources in feeds.values():
         for source in sources:
@@ -150,6 +149,10 @@ def _in_order(layers: list[dict[str, Any]], feeds: dict[str, list[str]]) -> list
         done.add(name)
         ordered.append(by_name[name])
     return ordered
+
+
+def _short(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
 
 
 def _told(layer: dict[str, Any]) -> str:

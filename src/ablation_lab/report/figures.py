@@ -49,7 +49,7 @@ VERDICTS = {
 }
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
-FEW = 12  # variants up to which the mistakes of each are shown
+FEW, SMALL = 12, 64  # variants, and pixels of a picture, up to which the mistakes of each variant are shown
 MANY = 20  # classes from which a confusion matrix has no numbers
 
 
@@ -441,8 +441,8 @@ def _best(study: Params, material: Material) -> str:
 
 
 def _detailed(study: Params, material: Material) -> list[str]:
-    """The variants whose mistakes are shown: all of a few, else the baseline and the best."""
-    if len(study.variants) <= FEW:
+    """The variants whose mistakes are shown: all of a few with small pictures, else the baseline and the best."""
+    if len(study.variants) <= FEW and max(material.card["image_shape"][:2]) <= SMALL:
         return list(study.variants)
     return sorted({study.study.baseline, _best(study, material)})
 

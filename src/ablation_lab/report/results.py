@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from ablation_lab import cell, evaluation, files, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
+LARGEST = 96  # pixels of a shown picture's longer side
 PAIRS, EXAMPLES = 3, 5  # pairs of confused classes that are shown for a variant, and pictures of each
 BINARY = ("precision", "recall", "roc_auc")
 
@@ -182,7 +184,7 @@ def _mistakes(
             break
         members = np.flatnonzero((labels == actual) & (chosen == predicted))
         surest = members[np.argsort(-probabilities[members, predicted], kind="stable")[:EXAMPLES]]
-        pictures = [(np.array(images[test[i]]), float(probabilities[i, predicted])) for i in surest]
+        pictures = [(_thumbnail(images[test[i]]), float(probabilities[i, predicted])) for i in surest]
         pairs.append(Pair(actual, predicted, int(wrong[actual, predicted]), int(counts[actual].sum()), pictures))
     return pairs
 
@@ -203,7 +205,16 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
         untrained, predictions = _arrays(folder / cell.UNTRAINED), _arrays(folder / cell.PREDICTIONS)
         positions, before[name] = untrained["positions"], untrained["probabilities"]
         labels, after[name] = predictions["test_labels"][positions], predictions["test_probabilities"][positions]
-    return Shown([np.array(images[test[i]]) for i in positions], labels, before, after)
+    return Shown([_thumbnail(images[test[i]]) for i in positions], labels, before, after)
+
+
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    """A picture as it is shown: small enough that a page of them stays small."""
+    if max(picture.shape[:2]) <= LARGEST:
+        return np.array(picture)
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    image.thumbnail((LARGEST, LARGEST))
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
@@ -257,5 +268,5 @@ def _pictures(
     for number in numbers:
         members = train[labels[train] == number]
         places = np.unique(np.linspace(0, len(members) - 1, min(each, len(members))).astype(int))
-        chosen += [(np.array(images[index]), number) for index in members[places]]
+        chosen += [(_thumbnail(images[index]), number) for index in members[places]]
     return chosen
