@@ -141,6 +141,7 @@ def state(project: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_everything_as_it_was(project: Path):
     write_params(project, SEALED | {"train": SEALED["train"] | {"epochs": 10_000}})
     before = state(project)
@@ -153,7 +154,7 @@ def test_ctrl_c_leaves_everything_as_it_was(project: Path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "interrupted: the finished trials are kept, the same command goes on from there" in told
     assert state(project) == before
