@@ -24,4 +24,4 @@ def build(
     ]
     x = layers.Concatenate()(sides) if len(sides) > 1 else sides[0]
     x = layers.GlobalAveragePooling2D()(layers.MaxPooling2D()(x))
-    return Model(inputs, layers.Dense(classes, activation="softmax")(x))
+    return Model(inputs, layers.Dense(classes, activation="softmax", name="probabilities")(x))

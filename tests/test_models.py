@@ -162,7 +162,7 @@ def test_a_network_of_the_users_stands_behind_the_rescaling(own_networks):
         (
             "networks.mine:good",
             {"unit": 3},
-            "Expected settings that fit good(image_shape, classes, units=5). Found: got an",
+            "model.unit: Expected an argument of networks.mine:good: units. Found: unit. Did",
         ),
         ("networks.mine:broken", {}, "Expected a network. Found: KeyError: 'x' ("),
         ("networks.mine:text", {}, "Expected a keras.Model. Found: str."),
@@ -186,7 +186,7 @@ def test_the_place_in_the_users_own_file_is_told(own_networks):
         ("logits", 'Expected probabilities of 4 classes, as a last layer Dense(classes, activation="softmax") gives'),
         ("private", "layers of your own need @keras.saving.register_keras_serializable() and get_config()."),
         ("forgetful", "Does the get_config() of a layer of your own leave out an argument?"),
-        ("sigmoids", "a sum of "),
+        ("sigmoids", "Found: numbers that don't sum to 1."),
     ],
 )
 def test_a_network_that_training_could_not_use_is_refused(own_networks, function, message):

@@ -99,6 +99,8 @@ def plan(
     reasons = planning.reasons(study, described, data_digest, root)
     minutes = planning.minutes(study, described, pictures, root)
     print(planning.table(study, described, reasons, minutes))
+    if data_digest is None:
+        print(f"The data are not there yet: `dvc repro` gets and prepares {study.data.dataset} first.")
 
 
 @app.command()

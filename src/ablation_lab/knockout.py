@@ -53,7 +53,9 @@ def listed(file: Path) -> str:
     study = params.validate(raw, str(file), text)
     found = [one for one in removals(study, _baseline(raw)) if one.patch]
     if not found:
-        return "There is nothing in the baseline that could be removed and leave a network."
+        told = "There is nothing in the baseline that could be removed and leave a network."
+        own = " Of a network of your own, what stands under `model` is seen: write its arguments there first."
+        return told + (own if isinstance(study.baseline.model, Custom) else "")
     taken = " There is a variant of this name."
     rows = [[one.path, one.variant, one.note + (taken if one.variant in study.variants else "")] for one in found]
     groups = [group for group in GROUPS if any(_is_in(one, group) for one in found)]

@@ -211,12 +211,18 @@ def table(
     align = ("left", "left", "right", "right", "right", "right", "left")
     lines = [tabulate(rows, headers, floatfmt=".1f", maxcolwidths=widths, colalign=align), ""]
     lines += [f"warning: {lint}" for facts in described.values() for lint in facts["lints"]]
-    lines.append(f"{left} of {len(study.cells)} cells to train, about {max(total, 1):.0f} min one after another.")
+    lines.append(f"{left} of {len(study.cells)} cells to train, about {_duration(total)} one after another.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
     if study.data.dataset == "image_folder":
         lines.append("Pictures that changed since the last `dvc repro` are not seen here; it will notice them.")
     return "\n".join(lines)
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 100:
+        return f"{max(minutes, 1):.0f} min"
+    return f"{minutes / 60:.0f} hours" if minutes < 100 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
 def _change(difference: dict[str, Any]) -> str:

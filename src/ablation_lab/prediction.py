@@ -1,5 +1,6 @@
 """Class probabilities of a user's own pictures, by the network of a trained cell."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     any_size = getattr(study.variants[variant].model, "any_size", False)
     pictures = [_read(path, study.data, card, any_size) for path in images]
     folder = cell.folder(variant, seed, root)
-    files.read_json(folder / cell.RESULT)
+    trained = files.read_json(folder / cell.RESULT)
+    if "plan_hash" in trained and trained["plan_hash"] != _plan_hash(root / "plan" / f"{variant}.json", study, variant):
+        print(f"warning: {variant} was trained with other settings than those of params.yaml", file=sys.stderr)
     backend.set_up(study.variants[variant].train.threads)
     network = models.load(folder, study.variants[variant].model.builder)
     found = []
@@ -45,6 +48,13 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         label = card["classes"][int(probabilities.argmax())]
         found.append({"image": str(path), "variant": variant, "seed": seed, "label": label, "probabilities": by_class})
     return found
+
+
+def _plan_hash(path: Path, study: params.Params, variant: str) -> str:
+    """The hash of the plan that params.yaml asks for; the sources of a network of the user's as they were planned."""
+    planned = files.read_json(path)
+    today = study.variants[variant].resolved() | ({"code": planned["code"]} if "code" in planned else {})
+    return params.digest(params.canonical_json(today))
 
 
 def _read(path: Path, data: params.Data, card: dict[str, Any], any_size: bool) -> np.ndarray:

@@ -239,7 +239,10 @@ def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, 
         try:
             return _decoded(data, source, index)
         except UNREADABLE as error:
-            raise LabError(f"{source.name(index)}: Expected a picture. Found: {reason(error)}") from None
+            raise LabError(
+                f"{source.name(index)}: Expected a picture. Found: {reason(error)}. "
+                "Replace it, or leave out all such pictures with `unreadable: skip` under `data`."
+            ) from None
 
     first = decoded(int(kept[0]))
 

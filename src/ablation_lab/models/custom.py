@@ -5,6 +5,7 @@ as keyword arguments, the other keys of the study's `model`. It returns a Keras 
 `input.rescale` says and gives class probabilities.
 """
 
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -32,10 +33,16 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
     builder = model["builder"]
     function = find(builder)
     settings = {key: value for key, value in model.items() if key not in ("builder", "any_size")}
+    parameters = inspect.signature(function).parameters
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    for name in () if takes_all else [name for name in settings if name not in list(parameters)[2:]]:
+        near = difflib.get_close_matches(name, list(parameters)[2:], n=1)
+        hint = f"Did you mean {near[0]}?" if near else "A variant drops an inherited key with null."
+        raise NetworkError(f"model.{name}: Expected {_arguments(function, builder)}. Found: {name}. {hint}")
     try:
         inspect.signature(function).bind(tuple(image_shape), classes, **settings)
     except TypeError as error:
-        raise NetworkError(f"{_expected(function, builder)} Found: {error}.") from None
+        raise NetworkError(f"model: Expected {_arguments(function, builder)}. Found: {error}.") from None
     try:
         built = function(tuple(image_shape), classes, **settings)
     except Exception as error:  # it is the user's code: whatever it raises is told with its place there
@@ -70,11 +77,12 @@ def check(network: keras.Model, image_shape: Sequence[int], classes: int, builde
             f"model.builder {builder}: Expected a network that is the same once Keras has saved and loaded it. Found: "
             "other outputs. Does the get_config() of a layer of your own leave out an argument?"
         )
-    if outputs.shape != (len(pictures), classes) or not np.allclose(outputs.sum(axis=1), 1, atol=1e-3):
+    wanted = (len(pictures), classes)
+    if outputs.shape != wanted or (outputs < 0).any() or not np.allclose(outputs.sum(axis=1), 1, atol=1e-3):
+        found = "numbers that don't sum to 1" if outputs.shape == wanted else f"{outputs.shape[1:]} numbers a picture"
         raise NetworkError(
             f"model.builder {builder}: Expected probabilities of {classes} classes, as a last layer "
-            f'Dense(classes, activation="softmax") gives them. Found: shape {outputs.shape[1:]}, '
-            f"a sum of {outputs[0].sum():.3g}."
+            f'Dense(classes, activation="softmax") gives them. Found: {found}.'
         )
 
 
@@ -129,10 +137,9 @@ def lint(sources: dict[str, str]) -> str | None:
     return f"its network comes from {where}: DVC notices changes of files in {FOLDER}/ only"
 
 
-def _expected(function: Callable[..., Any], builder: str) -> str:
-    return (
-        f"model.builder {builder}: Expected settings that fit {builder.partition(':')[2]}{inspect.signature(function)}."
-    )
+def _arguments(function: Callable[..., Any], builder: str) -> str:
+    names = list(inspect.signature(function).parameters)[2:]
+    return f"an argument of {builder}: {', '.join(names) or 'it takes none'}"
 
 
 def _told(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """A drawing of a network: a box a layer from top to bottom, what branches off beside it."""
 
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
     boxes = _boxes(network["layers"])
     if len(boxes) > MOST:
         return None
-    known = None if reference is None else {box.layer["name"]: _looks(box) for box in _boxes(reference["layers"])}
+    same = set(range(len(boxes))) if reference is None else _same(boxes, _boxes(reference["layers"]))
     total = len(boxes) * (HEIGHT + GAP) - GAP + 0.1
     figure = Figure(figsize=(width, total))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -62,8 +63,8 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
     left, right = 0.75 if branched else 0.1, width - 0.1
     middles, tops, bottoms = [], [], []
     y = total - 0.05
-    for box in boxes:
-        changed = known is not None and known.get(box.layer["name"]) != _looks(box)
+    for number, box in enumerate(boxes):
+        changed = number not in same
         axes.add_patch(
             FancyBboxPatch(
                 (left, y - HEIGHT),
@@ -157,6 +158,13 @@ def _short(text: str, letters: int) -> str:
 
 def _told(layer: dict[str, Any]) -> str:
     return f"{layer['type']} {layer['detail']}".strip()
+
+
+def _same(boxes: list[Box], reference: list[Box]) -> set[int]:
+    """The boxes that the reference has too, in the same order; names don't count, since layers may name themselves."""
+    looks, others = ([repr(_looks(box)) for box in one] for one in (boxes, reference))
+    blocks = SequenceMatcher(None, others, looks, autojunk=False).get_matching_blocks()
+    return {block.b + i for block in blocks for i in range(block.size)}
 
 
 def _looks(box: Box) -> list[tuple]:

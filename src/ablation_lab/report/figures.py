@@ -112,7 +112,9 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.set_xlabel(f"{part} accuracy")
     axes.margins(x=0.06)
-    caption = "Dots: seeds. Upright bar: their mean. Line: 95 % interval of the mean over seeds. Dashed: the baseline."
+    caption = "Dots: seeds. Upright bar: their mean."
+    caption += " Line: 95 % interval of the mean over seeds." if len(study.seeds) > 1 else ""
+    caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
     means = {name: _summary(variant, key)["mean"] for name, variant in material.results["variants"].items()}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
@@ -150,7 +152,9 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
     axes.set_xlabel("difference from the baseline in test accuracy, points")
     if seen:
         figure.legend(loc="outside lower center", ncols=2 if len(set(seen)) > 3 else 3, columnspacing=1, fontsize=10)
-    caption = "Mean over seeds of variant minus baseline, paired by seed, with its 95 % interval over seeds."
+    caption = "Variant minus baseline, in the one seed."
+    if len(study.seeds) > 1:
+        caption = "Mean over seeds of variant minus baseline, paired by seed, with its 95 % interval over seeds."
     told = "; ".join(
         f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
         for name, delta in others.items()
@@ -178,6 +182,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
                 axes.plot(epochs, np.where(np.isnan(mean), seed, np.nan), color=looks["color"], alpha=0.35, linewidth=1)
             line = _moving_mean(mean) if smooth else mean
             every = max(1, len(table) // 8)
+            looks |= {"marker": looks["marker"] or "o"} if len(table) == 1 else {}  # one epoch makes no line
             axes.plot(epochs, line, label=labels[name], markevery=every, markersize=5, **looks)
     top.yaxis.set_major_formatter(FuncFormatter(_percent))
     top.set_ylabel("validation accuracy")
@@ -215,7 +220,9 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
             ):
                 mean = np.mean(_table(material, name, column), axis=1)
                 epochs = np.arange(1, len(mean) + 1)
-                axes.plot(epochs, _moving_mean(mean) if smooth else mean, line, color=color, label=label, linewidth=2)
+                shown = _moving_mean(mean) if smooth else mean
+                marker = "o" if len(mean) == 1 else ""  # one epoch makes no line
+                axes.plot(epochs, shown, line, marker=marker, color=color, label=label, linewidth=2)
             axes.set_title(_wrap(name, 18), loc="left", fontsize=10, fontweight="bold")
             last = index + columns >= len(names)
             axes.tick_params(labelleft=index % columns == 0, labelbottom=key == "loss" and last)

@@ -30,6 +30,7 @@ SEALED = (
     "The test part is sealed: all accuracies are those of the validation part, on which epochs and perhaps settings "
     "were chosen. `study.test: scored` scores the test part, once the choice is made; nothing is trained for it."
 )
+EMPHASIS = r"`([^`]+)`|(?<!\w)\*(?=\S)([^*`]+)(?<=\S)\*(?!\w)"  # of a note: `code` and *emphasis*, as in Markdown
 LISTED = 20  # classes up to which tables list all of them
 
 
@@ -93,14 +94,29 @@ def html(page: dict[str, Any], drawn: Mapping[str, Drawn], reports: Path) -> str
 def markdown(page: dict[str, Any], drawn: Mapping[str, Drawn]) -> str:
     """Markdown as code hosts render it; pictures are linked from `figures/`."""
     environment = _environment(autoescape=False, finalize=escape_markdown)
+    environment.filters["emphasised"] = _markdown_note
     text = environment.get_template("report.md.jinja").render(page, figures=drawn, symbols=SYMBOLS)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _emphasised(text: str) -> Markup:
     """A note's `code` and *emphasis*, as Markdown has them; all else is text."""
-    found = r"`([^`]+)`|(?<!\w)\*(?=\S)([^*`]+)(?<=\S)\*(?!\w)"
-    return Markup(re.sub(found, lambda m: f"<code>{m[1]}</code>" if m[1] else f"<em>{m[2]}</em>", str(escape(text))))
+    shown = re.sub(EMPHASIS, lambda m: f"<code>{m[1]}</code>" if m[1] else f"<em>{m[2]}</em>", str(escape(text)))
+    return Markup(shown)
+
+
+def _plain(text: str) -> str:
+    """A note without the signs of its emphasis."""
+    return re.sub(EMPHASIS, lambda m: m[1] or m[2], text)
+
+
+def _markdown_note(text: str) -> Markup:
+    """A note with its emphasis, all else escaped."""
+    pieces, end = [], 0
+    for found in re.finditer(EMPHASIS, text):
+        pieces += [str(escape_markdown(text[end : found.start()])), found[0].replace("<", "&lt;")]
+        end = found.end()
+    return Markup("".join([*pieces, str(escape_markdown(text[end:]))]))
 
 
 def text_table(page: dict[str, Any]) -> str:
@@ -334,7 +350,7 @@ def _variants(study: Params, material: Material, text: _Format) -> Table:
     columns |= {"Validation": "r", "Training": "r", "Parameters": "r", "MACs": "r", "s/epoch": "r", "Best epoch": "r"}
     rows = []
     for name, one in results.items():
-        delta, cells, note = one["delta"], list(one["cells"].values()), study.variants[name].note
+        delta, cells, note = one["delta"], list(one["cells"].values()), _plain(study.variants[name].note or "")
         epochs = [cell["best_epoch"] for cell in cells if cell["best_epoch"] is not None]
         difference = [text.points(delta["mean"])] if delta["verdict"] else ["baseline"]
         if delta["ci95"]:
@@ -357,11 +373,12 @@ def _variants(study: Params, material: Material, text: _Format) -> Table:
             _range(epochs),
         ]
         rows.append(row)
-    note = (
-        "Accuracies are means over seeds ± standard deviation, measured after training with dropout off. Differences "
-        "are in percentage points, with their 95 % interval and p adjusted after Holm. MACs are the "
-        "multiply–accumulate operations of one picture."
-    )
+    note = "Accuracies are measured after training, with dropout off"
+    note += ", and are means over seeds ± standard deviation." if len(study.seeds) > 1 else "."
+    if scored:
+        note += " Differences are in percentage points"
+        note += ", with their 95 % interval and p adjusted after Holm." if len(study.seeds) > 1 else "."
+    note += " MACs are the multiply–accumulate operations of one picture."
     return Table("Variants", columns, rows, note)
 
 
@@ -637,7 +654,7 @@ def _range(values: list[int]) -> str:
 
 
 def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what.endswith('ch') else 's'}"
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what == 'batch' else 's'}"
 
 
 def _minus(text: str) -> str:
