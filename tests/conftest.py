@@ -23,6 +23,8 @@ CODE = (
     ".gitignore",
 )
 
+LONG = ("test_study.py", "test_training.py", "test_search.py")
+
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.
 TINY = {
     "study": {"name": "tiny", "title": "A tiny study", "baseline": "baseline"},
@@ -62,6 +64,11 @@ def passed(done: subprocess.CompletedProcess[str]) -> str:
     """The output of a command that must have ended well."""
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture
