@@ -19,7 +19,7 @@ from PIL import Image
 from ablation_lab import statistics
 from ablation_lab.params import Params
 from ablation_lab.report import drawing
-from ablation_lab.report.results import EXAMPLES, Material
+from ablation_lab.report.results import EXAMPLES, Material, validation_means
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
 WIDTH = 6.4  # inches; shown as wide as a text column, the text in a picture is then as large as the page's
@@ -439,11 +439,7 @@ def _save(figure: Figure, file: Path, photographs: bool) -> None:
 
 def _best(study: Params, material: Material) -> str:
     """The variant that is best on the validation part, a mean over seeds; the baseline where all diverged."""
-    means = {
-        name: float(np.mean(values))
-        for name, one in material.results["variants"].items()
-        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
-    }
+    means = validation_means(material.results)
     return max(means, key=lambda name: means[name]) if means else study.study.baseline
 
 

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from ablation_lab import params
 from ablation_lab.params import Params
 from ablation_lab.report.figures import QUICK, Drawn
-from ablation_lab.report.results import BINARY, Material, Shown
+from ablation_lab.report.results import BINARY, Material, Shown, validation_means
 
 NONE = "–"
 VERDICT_ORDER = ("better", "worse", "indistinguishable", "undetermined", "diverged")
@@ -237,21 +237,12 @@ def _headline(study: Params, results: dict[str, Any], text: _Format) -> list[str
 
 
 def _first_on_validation(results: dict[str, Any], text: _Format) -> list[str]:
-    means = _validation_means(results)
+    means = validation_means(results)
     if not means:
         return ["Every variant diverged in some seed."]
     best = max(means, key=lambda name: means[name])
     first = f"{best} reaches a validation accuracy of {text.percent(means[best])}"
     return [first + (f", the highest of {len(results['variants'])} variants." if len(results["variants"]) > 1 else ".")]
-
-
-def _validation_means(results: dict[str, Any]) -> dict[str, float]:
-    """Of the variants that no seed diverged of."""
-    return {
-        name: float(np.mean(values))
-        for name, one in results["variants"].items()
-        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
-    }
 
 
 def _findings(study: Params, results: dict[str, Any], text: _Format) -> list[dict[str, str]]:
@@ -330,7 +321,7 @@ def _limits(study: Params, material: Material, text: _Format) -> list[str]:
             f"The interval of {', '.join(hidden)} leaves out zero and yet the adjusted p is not below 0.05: with so "
             "many comparisons and so few seeds this is a hint, which more seeds would settle."
         )
-    validation = _validation_means(material.results)
+    validation = validation_means(material.results)
     if len(validation) > 1:
         best = max(validation, key=lambda name: validation[name])
         limits.append(

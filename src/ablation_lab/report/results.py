@@ -80,6 +80,15 @@ class Material:
         return _tests(self.cells, variant)
 
 
+def validation_means(results: dict[str, Any]) -> dict[str, float]:
+    """Validation accuracies, means over seeds, of the variants that no seed diverged of."""
+    return {
+        name: float(np.mean(values))
+        for name, one in results["variants"].items()
+        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
+    }
+
+
 def gather(study: Params, root: Path) -> Material:
     """Read the earlier stages' results and compare the variants."""
     networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
