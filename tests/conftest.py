@@ -1,6 +1,7 @@
 """What tests share: a copy of the project in a folder of its own, and commands run in it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def passed(done: subprocess.CompletedProcess[str]) -> str:
     """The output of a command that must have ended well."""
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def trained(output: str) -> list[str]:
+    """The cells whose training was started, by DVC's own word."""
+    return re.findall(r"^Running stage 'train@(.+)'", output, re.MULTILINE)
+
+
+def retrained(project: Path, study: dict) -> list[str]:
+    """The cells that are trained once a study has become params.yaml."""
+    write_params(project, study)
+    return trained(passed(run(project, "dvc", "repro", "train")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

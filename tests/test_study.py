@@ -2,12 +2,11 @@
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, new_project, passed, run, write_params
+from conftest import TINY, new_project, passed, retrained, run, trained, write_params
 from mlflow.tracking import MlflowClient
 
 ALL = ["baseline-0", "baseline-1", "no_dropout-0", "no_dropout-1"]
@@ -30,16 +29,6 @@ def study(project: Path):
     yield copy.deepcopy(TINY)
     write_params(project, TINY)
     passed(run(project, "dvc", "repro", "train"))
-
-
-def trained(output: str) -> list[str]:
-    """The cells whose training was started, by DVC's own word."""
-    return re.findall(r"^Running stage 'train@(.+)'", output, re.MULTILINE)
-
-
-def retrained(project: Path, study: dict) -> list[str]:
-    write_params(project, study)
-    return trained(passed(run(project, "dvc", "repro", "train")))
 
 
 def runs(project: Path) -> list:
@@ -159,23 +148,6 @@ def test_a_variant_that_comes_out_as_another_shares_its_result(project: Path, st
         names = sorted(path.name for path in folders[0].iterdir())
         assert names == sorted(path.name for path in folders[1].iterdir())
         assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
-
-
-def test_an_edit_of_a_users_network_retrains_the_cells_that_use_it(project: Path, study: dict):
-    nothing = dict.fromkeys(("blocks", "head", "dropout"))
-    study["variants"]["own"] = {"model": {"builder": "networks.example:build", "filters": 2, **nothing}}
-    assert retrained(project, study) == ["own-0", "own-1"]
-    network = project / "networks/example.py"
-    text = network.read_text()
-    network.write_text(text + "\n\nSOMETHING = 1\n")
-    (project / "networks/other.py").write_text("SOMETHING = 2\n")
-    assert retrained(project, study) == ["own-0", "own-1"]
-    network.write_text(text)
-    assert retrained(project, study) == []
-    compiled = project / "networks/__pycache__/example.cpython-399.pyc"
-    compiled.parent.mkdir(exist_ok=True)
-    compiled.write_bytes(b"what another Python makes")
-    assert "networks" not in passed(run(project, "dvc", "status", "plan"))
 
 
 def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Path, study: dict):
