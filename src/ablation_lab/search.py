@@ -28,7 +28,6 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
-from ruamel.yaml import YAML
 from tabulate import tabulate
 
 from ablation_lab import backend, cell, params
@@ -77,7 +76,7 @@ def search(root: Path, overrides: Sequence[str], trials: int, seed: int) -> int:
             "study.test: Expected sealed. Found: scored. A search picks by the validation part, and every look at the "
             "test part on the way would make the last one too good. Write `test: sealed` under `study` in params.yaml."
         )
-    fixed, space = parse(overrides, _raw(root / "params.yaml"))
+    fixed, space = parse(overrides, params.read(root / "params.yaml")[0])
     backend.use_cpu_only()
     # Trials take the pictures from DVC's cache instead of preparing them again, each for itself.
     if subprocess.run([*DVC, "repro", "--quiet", "preprocess"], cwd=root, env=environment(), check=False).returncode:
@@ -253,7 +252,7 @@ def changed(root: Path, overrides: Sequence[str]) -> Params:
             apply_overrides(copy, list(overrides))
         except DvcException as error:
             raise LabError(f"-S: Expected values that DVC takes. Found: {error.__cause__ or error}") from None
-        return params.validate(_raw(copy))
+        return params.validate(params.read(copy)[0])
 
 
 def _experiment_name(root: Path, study: Params) -> str:
@@ -362,10 +361,6 @@ def _score(root: Path, experiment: str, baseline: str) -> float:
             f"{experiment}: Expected {METRICS} in DVC's cache. Found: {type(error).__name__}. "
             f"Run `dvc exp remove {experiment}` and search again."
         ) from None
-
-
-def _raw(file: Path) -> Any:
-    return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
 
 
 def _keys(raw: Mapping[str, Any]) -> list[str]:

@@ -84,9 +84,9 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
         ]
         high, low = y - 0.32 * HEIGHT, y - 0.74 * HEIGHT
         room = right - left - 0.3
-        told = _short(_told(box.layer), int((room - SMALL * len(shape)) / LARGE))
+        told = short(_told(box.layer), int((room - SMALL * len(shape)) / LARGE))
         axes.text(left + 0.1, high, told, va="center", fontsize=10, fontweight="bold")
-        told = _short(" → ".join(steps), int((room - SMALL * len(f"{parameters:,}")) / SMALL))
+        told = short(" → ".join(steps), int((room - SMALL * len(f"{parameters:,}")) / SMALL))
         axes.text(left + 0.1, low, told, va="center", fontsize=9, color="#333333")
         axes.text(right - 0.1, high, shape, va="center", ha="right", fontsize=9)
         if parameters:
@@ -152,8 +152,10 @@ def _in_order(layers: list[dict[str, Any]], feeds: dict[str, list[str]]) -> list
     return ordered
 
 
-def _short(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
+def short(text: str, width: int) -> str:
+    """A text in one line of at most so many letters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
 def _told(layer: dict[str, Any]) -> str:

@@ -261,7 +261,7 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
             axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
         axes.spines[:].set_visible(True)
         if len(names) <= MANY:
-            ticks = [_short(one, 12) for one in names]
+            ticks = [drawing.short(one, 12) for one in names]
             size = 11 if len(names) <= 4 else 8
             axes.set_xticks(range(len(names)), ticks, rotation=0 if len(names) <= 2 else 90, fontsize=size)
             axes.set_yticks(range(len(names)), ticks, fontsize=size)
@@ -325,7 +325,7 @@ def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, 
         axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes.set_title(title, fontsize=11)
         axes.grid(False)
-        axes.set_xticks(range(len(columns)), [_short(names[i], 12) for i in columns], rotation=90, fontsize=9)
+        axes.set_xticks(range(len(columns)), [drawing.short(names[i], 12) for i in columns], rotation=90, fontsize=9)
         axes.set_yticks([])
         for row, label in enumerate(shown.labels):
             corner = (columns.index(int(label)) - 0.5, row - 0.5)
@@ -351,8 +351,10 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
         return None, "", "", ""
     figure = Figure(figsize=(WIDTH, 1.62 * len(pairs)), layout="constrained")
     for part, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).flat, pairs, strict=True):
-        share = f"{100 * pair.count / pair.of:.0f} % of {_short(names[pair.actual], 20)}"
-        title = f"{_short(names[pair.actual], 20)} taken for {_short(names[pair.predicted], 20)} ({share})"
+        share = f"{100 * pair.count / pair.of:.0f} % of {drawing.short(names[pair.actual], 20)}"
+        title = (
+            f"{drawing.short(names[pair.actual], 20)} taken for {drawing.short(names[pair.predicted], 20)} ({share})"
+        )
         part.suptitle(title, fontsize=10, x=0.01, ha="left")
         panels = part.subplots(1, EXAMPLES)
         for axes in panels:
@@ -388,8 +390,8 @@ def samples(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         axes.set_axis_off()
     for (picture, number), axes in zip(material.pictures, panels.flat, strict=False):
         _show(axes, picture)
-        axes.set_title(_short(names[number], 14), fontsize=10)
-    shown_names = ", ".join(_short(name, 30) for name in names[:20])
+        axes.set_title(drawing.short(names[number], 14), fontsize=10)
+    shown_names = ", ".join(drawing.short(name, 30) for name in names[:20])
     alt = f"Pictures of the training part with their class names: {shown_names}."
     caption = "Pictures of the training part, evenly spaced over each class."
     caption += " The first 20 classes." if len(names) > 20 else ""
@@ -411,7 +413,7 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
         axes.set_xlabel("pictures")
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     if len(names) <= 40:
-        panels[0].set_yticks(range(len(names)), [_short(name, 18) for name in names])
+        panels[0].set_yticks(range(len(names)), [drawing.short(name, 18) for name in names])
     else:
         panels[0].set_ylabel("class (number)")
     low, high = min(counts["train"].values(), default=0), max(counts["train"].values(), default=0)
@@ -516,11 +518,6 @@ def _row_shares(counts: np.ndarray) -> np.ndarray:
 
 def _percent(value: float, _position: int) -> str:
     return f"{round(100 * value, 4):g} %"
-
-
-def _short(name: str, width: int) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def _wrap(name: str, width: int) -> str:

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from ablation_lab import params
 from ablation_lab.params import Params
+from ablation_lab.report.drawing import short
 from ablation_lab.report.figures import QUICK, Drawn
 from ablation_lab.report.results import BINARY, Material, Shown, validation_means
 
@@ -653,8 +654,7 @@ def _minus(text: str) -> str:
 
 
 def _short(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= 40 else name[:39] + "…"
+    return short(name, 40)
 
 
 def _environment(autoescape: bool, finalize=None) -> Environment:
