@@ -1,10 +1,10 @@
 """Predictions of all cells → `evaluation/`."""
 
-from ablation_lab import errors, evaluation, params
+from ablation_lab import errors, evaluation, params, selection
 
 
 def main() -> None:
-    evaluation.evaluate(params.load())
+    evaluation.evaluate(selection.both_phases(params.load()))
 
 
 if __name__ == "__main__":

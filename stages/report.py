@@ -1,11 +1,11 @@
 """`evaluation/`, plan and data card → `reports/`: results, figures, Markdown, HTML."""
 
-from ablation_lab import errors, params
+from ablation_lab import errors, params, selection
 from ablation_lab.report import write_report
 
 
 def main() -> None:
-    print(write_report(params.load()))
+    print(write_report(selection.both_phases(params.load())))
     print("\nReport: reports/report.html")
 
 

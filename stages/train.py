@@ -1,13 +1,13 @@
 """plan/<variant>.json + data → cells/<variant>/seed-<n>/: one cell, trained and tracked."""
 
 import sys
-from pathlib import Path
 
-from ablation_lab import errors, training
+from ablation_lab import cell, errors, training
 
 
 def main(variant: str, seed: int) -> None:
-    training.run_cell(variant, seed, Path())
+    result = training.run_cell(variant, seed)
+    cell.write_validation(variant, seed, result)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_a_stage_is_called_like_its_script(stage: str):
 
 def test_only_what_trains_or_builds_networks_knows_tensorflow():
     with_tensorflow = {stage for stage in STAGES if "src/ablation_lab/backend.py" in STAGES[stage]["deps"]}
-    assert with_tensorflow == {"plan", "train"}
+    assert with_tensorflow == {"plan", "train", "finetune"}
 
 
 def test_only_tracking_imports_mlflow():

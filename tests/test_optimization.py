@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 import one_thread  # noqa: F401  isort: skip
@@ -64,6 +65,25 @@ def test_a_loss_that_keras_does_not_know_is_told(settings, message):
     with pytest.raises(LabError) as caught:
         optimization.loss(settings)
     assert message in str(caught.value)
+
+
+def test_a_loss_is_told_what_it_is_given():
+    settings = {"loss": "categorical_crossentropy", "label_smoothing": 0}
+    assert optimization.loss(settings, "logits").get_config()["from_logits"]
+    assert [optimization.label_form(settings, output) for output in ("softmax", "sigmoid")] == ["one_hot", "second"]
+    assert optimization.label_form(settings | {"loss": "sparse_categorical_crossentropy"}) == "number"
+    with pytest.raises(LabError, match=r"model.output: Expected softmax, since mean_squared_error takes no logits"):
+        optimization.loss(settings | {"loss": "mean_squared_error"}, "logits")
+
+
+def test_class_weights():
+    labels = np.repeat([0, 1], [500, 300])
+    balanced = optimization.class_weights("balanced", ["indoor", "outdoor"], labels)
+    assert balanced == {0: 0.8, 1: pytest.approx(4 / 3)}  # as scikit-learn's compute_class_weight
+    assert optimization.class_weights({"outdoor": 3}, ["indoor", "outdoor"], labels) == {0: 1, 1: 3}
+    assert optimization.class_weights(None, ["indoor", "outdoor"], labels) is None
+    with pytest.raises(LabError, match=r"Expected names of classes. Found: outdor. Did you mean outdoor?"):
+        optimization.class_weights({"outdor": 3}, ["indoor", "outdoor"], labels)
 
 
 def test_augmentation_layers_by_name_in_order():

@@ -76,7 +76,7 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (
             ("model", "builder"),
             "cmn",
-            "Expected one of cnn, mlp, resnet, or a network of your own as networks.example:build. "
+            "Expected one of cnn, mlp, resnet, transfer, or a network of your own as networks.example:build. "
             'Found: "cmn". Did you mean cnn?',
         ),
         (("train", "epochs"), "ten", 'train.epochs: Expected a valid integer. Found: "ten".'),

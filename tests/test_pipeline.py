@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ def arrays(n: int = 23) -> pipeline.Arrays:
     images = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
     labels = (np.arange(n) % 3).astype(np.int32)
     everything = np.arange(n)
-    return pipeline.Arrays(images, labels, everything, everything[:5], everything[5:9], ["a", "b", "c"])
+    return pipeline.Arrays([images], labels, everything, everything[:5], everything[5:9], ["a", "b", "c"])
 
 
 def shuffled(**settings) -> pipeline.Shuffled:
@@ -47,20 +49,37 @@ def test_a_step_depends_on_seed_and_number_alone(steps):
     assert straight != [list(shuffled(steps_per_epoch=steps, seed=1).batch(step)) for step in range(12)]
 
 
-@pytest.mark.parametrize("one_hot", [True, False])
-def test_batches_hold_pictures_with_their_own_labels(one_hot):
+@pytest.mark.parametrize("form", ["one_hot", "number"])
+def test_batches_hold_pictures_with_their_own_labels(form):
     order = shuffled()
-    batches = list(pipeline.training_batches(arrays(), order, 1, 3, one_hot))
+    batches = list(pipeline.training_batches(arrays(), order, 1, 3, form))
     assert len(batches) == 2 * order.steps
     for number, (images, labels) in enumerate(batches, start=order.steps):
         seen = images.numpy().reshape(-1)
-        classes = labels.numpy().argmax(axis=1) if one_hot else labels.numpy()
+        classes = labels.numpy().argmax(axis=1) if form == "one_hot" else labels.numpy()
         assert list(seen) == list(order.batch(number))
         assert list(classes) == [index % 3 for index in seen]
 
 
+def test_labels_of_a_sigmoid_are_one_for_the_second_class():
+    two = replace(arrays(), labels=np.arange(23) % 2, classes=["a", "b"])
+    (_, labels), *_ = pipeline.ordered_batches(two, np.arange(4), 4, "second")
+    assert labels.numpy().tolist() == [[0], [1], [0], [1]] and labels.dtype == "float32"
+
+
+def test_features_are_fed_in_place_of_pictures_several_at_once():
+    left, right = np.arange(23, dtype=np.float32)[:, None], np.ones((23, 2, 3), np.float32)
+    ((one, other), labels), *_ = pipeline.ordered_batches(
+        replace(arrays(), inputs=[left, right]), np.array([5, 2]), 2, "number"
+    )
+    assert one.numpy().tolist() == [[5], [2]] and other.shape == (2, 2, 3)
+    assert labels.numpy().tolist() == [2, 2]
+
+
 def test_ordered_batches_keep_the_order():
-    images = [images.numpy().reshape(-1) for images, _ in pipeline.ordered_batches(arrays(), np.arange(7, 20), 5, True)]
+    images = [
+        images.numpy().reshape(-1) for images, _ in pipeline.ordered_batches(arrays(), np.arange(7, 20), 5, "number")
+    ]
     assert list(np.concatenate(images)) == list(range(7, 20))
     assert [len(batch) for batch in images] == [5, 5, 3]
 

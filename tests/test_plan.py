@@ -24,6 +24,10 @@ PUBLISHED = {
         "depthwise": 1_995,
         "transpose": 721_430,
     },
+    "fashion_vgg16": {"no_dense": 14_714_688 + 512 * 10 + 10},
+    "scenes_densenet201": {"dense256": 18_321_984 + 30_720 * 256 + 256 + 256 + 1},
+    "scenes_resnet152": {"dense256": 58_370_944 + 32_768 * 256 + 256 + 256 * 2 + 2},
+    "scenes_squeezenet": {"no_dense": 722_496 + 512 + 1},
 }
 
 
@@ -40,9 +44,9 @@ def describe(study: params.Params) -> dict:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_ready_made_study_can_be_planned_without_its_data(path, tmp_path):
     study = params.load(path)
-    image_shape, classes, pictures, digest = plan.pictures(study, tmp_path)
-    described = plan.describe(study, image_shape, classes)
-    assert digest is None and pictures > 0
+    image_shape, classes, training, pictures, digest = plan.pictures(study, tmp_path)
+    described = plan.describe(study, image_shape, classes, tmp_path, pictures)
+    assert digest is None and pictures > training > 0
     assert list(described) == list(study.variants)
     assert not [lint for facts in described.values() for lint in facts["lints"]]
     for name, parameters in PUBLISHED.get(path.stem, {}).items():
@@ -99,14 +103,14 @@ def test_a_plan_is_not_made_from_the_card_of_other_data(tmp_path):
     study = study_with()
     processed = tmp_path / "data/processed"
     processed.mkdir(parents=True)
-    card = {"image_shape": [8, 8, 1], "classes": ["a", "b"], "counts": {"train": 7}, "digest": "d"}
+    card = {"image_shape": [8, 8, 1], "classes": ["a", "b"], "counts": {"train": 7, "test": 2}, "digest": "d"}
     (processed / "card.json").write_text(json.dumps(card))
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump()))
-    assert plan.pictures(study, tmp_path) == ((8, 8, 1), 2, 7, "d")
+    assert plan.pictures(study, tmp_path) == ((8, 8, 1), 2, 7, 9, "d")
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump(exclude={"unreadable"})))
-    assert plan.pictures(study, tmp_path)[3] == "d"  # made before there was this setting
+    assert plan.pictures(study, tmp_path)[4] == "d"  # made before there was this setting
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump() | {"limit": 13}))
-    assert plan.pictures(study, tmp_path)[3] is None
+    assert plan.pictures(study, tmp_path)[4] is None
     own = copy.deepcopy(TINY)
     own["data"] |= {"dataset": "image_folder", "path": "nowhere"}
     with pytest.raises(LabError, match="Run `dvc repro preprocess` first"):
@@ -172,10 +176,10 @@ def test_reasons_and_minutes(tmp_path):
     assert reason(digest="other") == "the data changed"
     (tmp_path / "code.py").write_text("2")
     assert reason() == "the training code changed"
-    minutes = plan.minutes(study, described, 1000, tmp_path)
+    minutes = plan.minutes(study.variants, described, study.seeds, 1000, tmp_path)
     assert minutes["baseline"] == pytest.approx(20, abs=1)  # two epochs of ten minutes, as measured
     assert minutes["no_dropout"] < 1
-    table = plan.table(study, described, plan.reasons(study, described, "d", tmp_path), minutes)
+    table = plan.table(study, *plan.rows(study, described, {}, 1000, "d", tmp_path))
     assert "4 of 4 cells to train, about 41 min" in table
     assert "model.dropout: 0.25 → 0.0" in table
 

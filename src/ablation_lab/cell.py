@@ -4,10 +4,12 @@ import csv
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from ablation_lab import files
+from ablation_lab.errors import LabError
 
 # What training writes; equal cells have equal bytes in all of them but TIMING.
 WEIGHTS = "network.weights.h5"
@@ -18,10 +20,59 @@ UNTRAINED = "untrained.npz"  # probabilities of a few test pictures before train
 RESULT = "cell.json"
 TIMING = "timing.json"
 
+VALIDATION = "validation"  # results on the validation part, see validation_file
+SELECTION = "selection"  # where the second phase's plans are, once the first phase's best variant is known
+
 
 def folder(variant: str, seed: int, root: Path = Path()) -> Path:
     """Where a cell's files are."""
     return root / "cells" / variant / f"seed-{seed}"
+
+
+def plan_file(variant: str, root: Path = Path(), what: str = "") -> Path:
+    """Where a variant's plan is: that of the first phase or, of what was selected, that of the second.
+
+    Args:
+        what: `networks/` for what is worth knowing, nothing for what fixes a result.
+    """
+    planned = root / "plan" / f"{what}{variant}.json"
+    selected = root / SELECTION / f"{what}{variant}.json"
+    return selected if selected.exists() and not planned.exists() else planned
+
+
+def validation_file(variant: str, seed: int, root: Path = Path()) -> Path:
+    """Where a first-phase cell's result on the validation part is.
+
+    It is an output of `train` of its own: `select` depends on these alone, since the second phase's cells, which come
+    out of its choice, lie beside those of the first.
+    """
+    return root / VALIDATION / variant / f"seed-{seed}.json"
+
+
+def write_validation(variant: str, seed: int, result: dict[str, Any], root: Path = Path()) -> None:
+    """Write what `select` chooses by."""
+    keys = ("status", "validation_accuracy", "validation_loss", "cell_hash")
+    files.write_json(validation_file(variant, seed, root), {key: result[key] for key in keys})
+
+
+def start(seed: int, root: Path = Path()) -> Path:
+    """The weights that the second phase's cells of a seed start from.
+
+    Raises:
+        LabError: when they are not those that were selected.
+    """
+    selected = files.read_json(start_file(seed, root))
+    path = folder(selected["variant"], seed, root) / WEIGHTS
+    if not path.exists():
+        raise files.missing(path)
+    if files.sha256(path) != selected["sha256"]:
+        raise LabError(f"{path}: Expected the weights that were selected. Found: others. Run `dvc repro`.")
+    return path
+
+
+def start_file(seed: int, root: Path = Path()) -> Path:
+    """Where the cell that the second phase starts from is named, with the sha256 of its weights."""
+    return root / SELECTION / "start" / f"seed-{seed}.json"
 
 
 def training_code(root: Path = Path()) -> dict[str, str]:

@@ -91,14 +91,12 @@ def plan(
     root = _project()
     study = params.load(file or root / "params.yaml")
     backend.use_cpu_only()
-    image_shape, classes, pictures, data_digest = planning.pictures(study, root)
-    described = planning.describe(study, image_shape, classes, root)
+    image_shape, classes, training, pictures, data_digest = planning.pictures(study, root)
+    described, second = planning.describe_both(study, image_shape, classes, root, pictures)
     if as_json:
-        print(json.dumps(planning.as_json(study, described), indent=1, ensure_ascii=False))
+        print(json.dumps(planning.as_json(study, described, second), indent=1, ensure_ascii=False))
         return
-    reasons = planning.reasons(study, described, data_digest, root)
-    minutes = planning.minutes(study, described, pictures, root)
-    print(planning.table(study, described, reasons, minutes))
+    print(planning.table(study, *planning.rows(study, described, second, training, data_digest, root)))
     if data_digest is None:
         print(f"The data are not there yet: `dvc repro` gets and prepares {study.data.dataset} first.")
 

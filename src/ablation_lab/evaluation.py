@@ -77,7 +77,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         LabError: when a cell, or a file of one, is missing or does not belong to this study's data.
     """
     names = files.read_json(root / "data/processed/card.json")["classes"]
-    networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
+    networks = {name: files.read_json(cell.plan_file(name, root, "networks/")) for name in study.variants}
     scored, correct, curves = [], [], []
     shown, labels = np.zeros(0, int), None
     parts = scored_parts(study)

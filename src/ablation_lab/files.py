@@ -1,5 +1,6 @@
 """Where things are and how JSON is read and written: what every stage shares."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from ablation_lab.errors import LabError
 
@@ -21,6 +24,28 @@ def root() -> Path:
         return Path(os.environ["DVC_ROOT"])
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+
+
+def mirror() -> str | None:
+    """`ABLAB_DATA_MIRROR`: a base URL, or a folder (a relative one is looked up under the root)."""
+    place = os.environ.get("ABLAB_DATA_MIRROR", "").rstrip("/")
+    return place if not place or is_url(place) else str(root() / Path(place.removeprefix("file://")).expanduser())
+
+
+def cache() -> Path:
+    """Where downloads are kept for the next time: `ABLAB_CACHE`, else the platform's cache folder."""
+    return Path(os.environ.get("ABLAB_CACHE") or platformdirs.user_cache_path("ablation-lab"))
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is an address rather than a folder."""
+    return place.startswith(("http://", "https://"))
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

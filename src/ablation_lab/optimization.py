@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
@@ -61,11 +63,14 @@ def _nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
 
 
-def loss(settings: dict[str, Any]) -> keras.losses.Loss:
+def loss(settings: dict[str, Any], output: str = "softmax") -> keras.losses.Loss:
     """The loss named in `train.loss`, with `train.label_smoothing` where it is not 0.
 
+    Args:
+        output: what the loss is given, a builder's `output`: `softmax`, `sigmoid` or `logits`.
+
     Raises:
-        LabError: for a name that Keras doesn't know, or label smoothing that the loss doesn't take.
+        LabError: for a name that Keras doesn't know, or label smoothing or logits that the loss doesn't take.
     """
     name, smoothing = settings["loss"], settings["label_smoothing"]
     try:
@@ -78,16 +83,48 @@ def loss(settings: dict[str, Any]) -> keras.losses.Loss:
         functions = [one for one in vars(keras.losses).values() if inspect.isfunction(one)]
         known = [one.__name__ for one in functions if one.__name__.replace("_", "") in classes]
         raise LabError(f"train.loss: Expected a Keras loss. Found: {name}.{_nearest(name, known)}")
-    if not smoothing:
-        return kind()
-    if "label_smoothing" not in inspect.signature(kind).parameters:
-        raise LabError(f"train.label_smoothing: Expected 0, since {name} takes none. Found: {smoothing}.")
-    return kind(label_smoothing=smoothing)
+    takes, arguments = inspect.signature(kind).parameters, {}
+    if smoothing:
+        if "label_smoothing" not in takes:
+            raise LabError(f"train.label_smoothing: Expected 0, since {name} takes none. Found: {smoothing}.")
+        arguments["label_smoothing"] = smoothing
+    if output == "logits":
+        if "from_logits" not in takes:
+            raise LabError(f"model.output: Expected softmax, since {name} takes no logits. Found: logits.")
+        arguments["from_logits"] = True
+    return kind(**arguments)
 
 
-def takes_one_hot(settings: dict[str, Any]) -> bool:
-    """Whether the loss wants one-hot labels rather than class numbers."""
-    return not settings["loss"].lower().startswith("sparse")
+def label_form(settings: dict[str, Any], output: str = "softmax") -> str:
+    """How labels are given to the loss: `one_hot`, as a class's `number`, or for a sigmoid 1 for the `second` class."""
+    if output == "sigmoid":
+        return "second"
+    return "number" if settings["loss"].lower().startswith("sparse") else "one_hot"
+
+
+def class_weights(wanted: str | dict[str, float] | None, classes: list[str], labels: np.ndarray) -> dict | None:
+    """The weight of each class number in the training loss.
+
+    Args:
+        wanted: `train.class_weights`: weights by class name, 1 where none is given; or `balanced`, inversely
+            proportional to a class's pictures, 1 on average over them (as scikit-learn has it).
+        labels: of the training pictures.
+
+    Raises:
+        LabError: for a name that is none of the classes.
+    """
+    if wanted is None:
+        return None
+    if wanted == "balanced":
+        counts = np.bincount(labels, minlength=len(classes))
+        return {number: len(labels) / (len(classes) * max(count, 1)) for number, count in enumerate(counts.tolist())}
+    assert isinstance(wanted, dict)
+    for name in wanted:
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Classes: {', '.join(classes)}."
+            raise LabError(f"train.class_weights: Expected names of classes. Found: {name}. {hint}")
+    return {number: wanted.get(name, 1.0) for number, name in enumerate(classes)}
 
 
 def callbacks(settings: dict[str, Any]) -> list[keras.callbacks.Callback]:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -66,7 +66,8 @@ class Split(Section):
 class Data(Section):
     """The pictures. `image_size` is [height, width] in pixels and `color` the channels; null keeps the data set's own.
     `limit` keeps at most so many pictures of each class in each part, for trying things out. `unreadable` says whether
-    a picture that can't be decoded ends the stage or is left out."""
+    a picture that can't be decoded ends the stage or is left out. `pictures` is the number of pictures of each class
+    that an `image_folder` must hold: a study that says so can be planned without its data."""
 
     dataset: Literal["digits", "fashion_mnist", "cifar10", "image_folder"]
     path: str | None
@@ -76,14 +77,16 @@ class Data(Section):
     split: Split = Split()
     limit: Positive | None = None
     unreadable: Literal["error", "skip"] = "error"
+    pictures: Annotated[dict[str, Positive], Field(min_length=2)] | None = None
 
 
 class Input(Section):
-    """What a network is fed. `rescale` maps 0-255 to [0, 1] (`unit`), to [-1, 1] (`symmetric`) or leaves it (`none`),
-    inside the network. `fraction` of the training part is used, the same pictures in every cell. `augment` maps Keras'
+    """What a network is fed. `rescale` maps 0-255 to [0, 1] (`unit`), to [-1, 1] (`symmetric`), to what a ready-made
+    backbone was trained on (`backbone`, the default of `transfer`) or leaves it (`none`), inside the network.
+    `fraction` of the training part is used, the same pictures in every cell. `augment` maps Keras'
     names of augmentation layers to their arguments."""
 
-    rescale: Literal["unit", "symmetric", "none"] = "unit"
+    rescale: Literal["unit", "symmetric", "none", "backbone"] = "unit"
     fraction: float = Field(default=1.0, gt=0, le=1)
     augment: dict[str, dict[str, Any]] = {}
 
@@ -118,7 +121,9 @@ class Network(Section):
     """What all builders share: hidden dense layers in `head` (their order counts) and how they are initialised.
 
     `activation` is the one of every hidden layer, `l2` the weight decay of every convolution and dense kernel,
-    `head_l2` that of the dense ones and the output layer where it differs.
+    `head_l2` that of the dense ones and the output layer where it differs. `output` is what is trained: a probability
+    a class, two classes' one probability (`sigmoid`), or numbers before the softmax; predictions are a probability a
+    class in any case.
     """
 
     builder: str
@@ -129,6 +134,7 @@ class Network(Section):
     head_units: Positive | None = None
     head_dropout: Rate = 0.0
     head_l2: float | None = Field(default=None, ge=0)
+    output: Literal["softmax", "sigmoid", "logits"] = "softmax"
 
     def resolved(self) -> dict[str, Any]:
         """The settings with all defaults pushed down into the layers, so that equal networks have equal settings."""
@@ -217,6 +223,33 @@ class Resnet(Network):
         return settings
 
 
+class Extent(Section):
+    """Some of a backbone's layers, with weights or without: the `last` so many, or those from number `from_layer` on,
+    in Keras' order, which counts from 0."""
+
+    last: Positive | None = None
+    from_layer: int | None = Field(default=None, ge=0)
+
+
+class Transfer(Network):
+    """A ready-made backbone without its top, one vector of features, dense layers.
+
+    `weights` are `imagenet`, a file, or none, which is random; `trainable` says which layers of the backbone are
+    trained, the others stay as they are, batch normalisation in inference mode.
+    """
+
+    builder: Literal["transfer"]
+    backbone: str
+    weights: str | None = None
+    trainable: Annotated[
+        Annotated[Literal["none", "all"], Tag("<word>")] | Annotated[Extent, Tag("<extent>")],
+        Discriminator(lambda value: "<extent>" if isinstance(value, dict | Extent) else "<word>"),
+    ] = "none"
+    head_from: Literal["flatten", "global_average", "global_max"] = "global_average"
+    features_dropout: Rate = 0.0
+    any_size: bool = False
+
+
 class Custom(Section):
     """A network that a function of the user's builds, `package.module:function`; every other key but `any_size` is an
     argument of that function."""
@@ -231,7 +264,7 @@ class Custom(Section):
         return self.model_dump()
 
 
-BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp, "resnet": Resnet}
+BUILDERS: dict[str, type[Network]] = {"cnn": Cnn, "mlp": Mlp, "resnet": Resnet, "transfer": Transfer}
 
 
 class Schedule(Section):
@@ -276,7 +309,8 @@ class ReduceLearningRate(Section):
 
 class Train(Section):
     """How a network is trained. `keep: best` takes the weights of the epoch with the best `monitor` on the validation
-    part, `last` those of the last epoch. `steps_per_epoch: null` is one pass over the training part. `threads` is the
+    part, `last` those of the last epoch. `steps_per_epoch: null` is one pass over the training part. `class_weights`
+    weigh the training pictures' losses by class, `balanced` so that all classes weigh the same. `threads` is the
     number of CPU threads of a cell: results depend on it."""
 
     epochs: Positive = 10
@@ -289,6 +323,14 @@ class Train(Section):
     keep: Literal["best", "last"] = "best"
     early_stopping: EarlyStopping | None = None
     reduce_lr: ReduceLearningRate | None = None
+    class_weights: (
+        Annotated[
+            Annotated[Literal["balanced"], Tag("<word>")]
+            | Annotated[dict[str, Annotated[float, Field(gt=0)]], Tag("<weights>")],
+            Discriminator(lambda value: "<weights>" if isinstance(value, dict) else "<word>"),
+        ]
+        | None
+    ) = None
     threads: Positive = 1
 
 
@@ -324,23 +366,23 @@ class Select(Section):
 
 
 class Finetune(Section):
-    """The second phase. It needs the `transfer` builder, so today only a study without one is valid."""
+    """The second phase: what is done with the selected variant, each a patch of it as variants are of the base."""
 
     select: Select = Select()
-    variants: dict[str, Any] = Field(default={}, max_length=0)
+    variants: dict[str, Any] = {}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class File(Section):
-    """The whole file before the variants are merged. DVC wants every section that a stage depends on to be there."""
+    """The whole file before the variants are merged."""
 
     study: Study
     data: Data
-    input: dict[str, Any]
+    input: dict[str, Any] = {}
     model: dict[str, Any]
-    train: dict[str, Any]
+    train: dict[str, Any] = {}
     seeds: Annotated[list[Seed], Field(min_length=1)]
     finetune: Finetune = Finetune()
     variants: dict[str, Any] = Field(min_length=1)
@@ -369,12 +411,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Params:
-    """A valid study. `variants` is in the order of the file."""
+    """A valid study. `variants` is in the order of the file.
+
+    `second` holds the second phase, if there is one: for each variant that may be selected, what its variants are then.
+    """
 
     study: Study
     data: Data
     seeds: list[int]
     variants: dict[str, Variant]
+    second: dict[str, dict[str, Variant]]
 
     @property
     def baseline(self) -> Variant:
@@ -383,6 +429,15 @@ class Params:
     @property
     def cells(self) -> list[tuple[str, int]]:
         return [(name, seed) for name in self.variants for seed in self.seeds]
+
+    @property
+    def second_names(self) -> list[str]:
+        """Names of the second phase's variants, whatever is selected."""
+        return list(next(iter(self.second.values()), {}))
+
+    def with_second(self, selected: str) -> "Params":
+        """Both phases as one study, once a variant of the first is selected."""
+        return replace(self, variants=self.variants | self.second[selected])
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
@@ -433,18 +488,41 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     if whole and isinstance(whole.data.split.test, float) and whole.data.split.validation + whole.data.split.test >= 1:
         expected = "validation + test below 1, so that something is left to train with"
         problems.add(("data", "split"), expected, raw["data"]["split"])
+    if whole and whole.data.pictures and whole.data.dataset != "image_folder":
+        expected = "nothing, since only an image_folder can hold others than are expected"
+        problems.add(("data", "pictures"), expected, whole.data.pictures)
     problems.raise_if_any()  # variants are checked once the base is right: its mistakes are theirs too
     assert whole is not None
 
-    variants = {}
+    variants, second = {}, {}
     for name, written in raw["variants"].items():
-        variant = _variant(name, written, base, raw, problems)
+        variant = _variant(name, written, base, ("variants", name), raw, problems)
         if variant:
             variants[name] = variant
+    problems.raise_if_any()  # nor is the second phase checked before the first is right
+    for name in _candidates(whole, problems):
+        selected = {key: merge_patch(base[key], (raw["variants"][name] or {}).get(key, {})) for key in PATCHED}
+        second[name] = {
+            one: variant
+            for one, written in whole.finetune.variants.items()
+            if (variant := _variant(one, written, selected, ("finetune", "variants", one), raw, problems, name))
+        }
     if len(set(raw["seeds"])) < len(raw["seeds"]):
         problems.add(("seeds",), "each seed once", raw["seeds"])
     problems.raise_if_any()
-    return Params(whole.study, whole.data, whole.seeds, variants)
+    return Params(whole.study, whole.data, whole.seeds, variants, second)
+
+
+def _candidates(whole: File, problems: "_Problems") -> list[str]:
+    """The variants that may go on into the second phase; none where there is no second phase."""
+    known = list(whole.variants)
+    among = known if whole.finetune.select.among == "all" else whole.finetune.select.among
+    for name in among:
+        if name not in known:
+            problems.add(("finetune", "select", "among"), f"some of the variants: {', '.join(known)}", name, known)
+    if not among:
+        problems.add(("finetune", "select", "among"), "one variant at least", [])
+    return [name for name in among if name in known] if whole.finetune.variants else []
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -511,18 +589,21 @@ def _inherited(settings: dict[str, Any], path: str) -> Any:
     return None
 
 
-def _variant(name: str, written: Any, base: dict, raw: dict, problems: "_Problems") -> Variant | None:
-    here = ("variants", name)
+def _variant(
+    name: str, written: Any, base: dict, here: tuple, raw: dict, problems: "_Problems", selected: str | None = None
+) -> Variant | None:
+    """A variant of `base`; one of the second phase is compared with the `selected` one that it starts from."""
     patch = problems.check(Patch, {} if written is None else written, here)
     if patch is None:
         return None
     changes = {key: getattr(patch, key) for key in PATCHED}
-    baseline = raw["study"]["baseline"]
-    if name != baseline and not any(changes.values()):
-        problems.add(here, "a change of input, model or train (only the baseline changes nothing)", written)
+    if (selected or name != raw["study"]["baseline"]) and not any(changes.values()):
+        kept = "" if selected else " (only the baseline changes nothing)"
+        problems.add(here, f"a change of input, model or train{kept}", written)
         return None
-    if patch.compared_with is not None and (patch.compared_with not in raw["variants"] or patch.compared_with == name):
-        others = [other for other in raw["variants"] if other != name]
+    others = [*raw["variants"], *(raw["finetune"]["variants"] if selected else ())]
+    if patch.compared_with is not None and (patch.compared_with not in others or patch.compared_with == name):
+        others.remove(name)
         problems.add((*here, "compared_with"), f"another variant: {', '.join(others)}", patch.compared_with, others)
     for section in PATCHED:
         _check_removals(base[section], changes[section], (*here, section), problems)
@@ -532,7 +613,7 @@ def _variant(name: str, written: Any, base: dict, raw: dict, problems: "_Problem
     if sections is None:
         return None
     reported = {key: value for key, value in patch.reported.model_dump().items() if value is not None}
-    return Variant(name, patch.note, reported, patch.compared_with, *sections)
+    return Variant(name, patch.note, reported, patch.compared_with or selected, *sections)
 
 
 def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -> None:
@@ -555,7 +636,12 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
         expected = f"one of {', '.join(BUILDERS)}, or a network of your own as networks.example:build"
         problems.add(place(("model", "builder")), expected, name, list(BUILDERS))
         return None
-    checked_input = problems.check(Input, merged["input"], ("input",), place)
+    fed = merged["input"]
+    if builder is Transfer and isinstance(fed, dict):
+        fed = {"rescale": "backbone"} | fed
+    checked_input = problems.check(Input, fed, ("input",), place)
+    if checked_input is not None and checked_input.rescale == "backbone" and builder is not Transfer:
+        problems.add(place(("input", "rescale")), "unit, symmetric or none, as there is no backbone", "backbone")
     network = problems.check(builder, _without_nulls(merged["model"]), ("model",), place)
     train = problems.check(Train, merged["train"], ("train",), place)
     if isinstance(network, Cnn):
@@ -572,6 +658,15 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
         problems.add(place(("train", "reduce_lr")), expected, train.reduce_lr.model_dump())
     if getattr(network, "any_size", False) and getattr(network, "head_from", "") == "flatten":
         problems.add(place(("model", "head_from")), "global_average or global_max, as any_size is set", "flatten")
+    if isinstance(network, Transfer) and isinstance(network.trainable, Extent):
+        given = network.trainable.model_dump(exclude_none=True)
+        if len(given) != 1:
+            problems.add(
+                place(("model", "trainable")), "one of last and from_layer (null drops an inherited one)", given
+            )
+    if train is not None and getattr(network, "output", "") == "sigmoid" and "categorical" in train.loss.lower():
+        expected = "a loss of one probability, such as binary_crossentropy, as model.output is sigmoid"
+        problems.add(place(("train", "loss")), expected, train.loss)
     for part in ("blocks", "head", "stages") if isinstance(network, Network) else ():
         for key in getattr(network, part, {}):
             if not SLUG.fullmatch(str(key)):
@@ -593,16 +688,21 @@ def _check_names(raw: dict, problems: "_Problems") -> None:
     variants = raw.get("variants")
     if not isinstance(variants, dict):
         return
+    finetune = raw.get("finetune")
+    second = finetune.get("variants") if isinstance(finetune, dict) else None
+    places: list[tuple] = [("variants", name) for name in variants]
+    places += [("finetune", "variants", name) for name in second] if isinstance(second, dict) else []
     seen: dict[str, str] = {}
-    for name in variants:
+    for place in places:
+        name = place[-1]
         if not isinstance(name, str) or not SLUG.fullmatch(name) or name.lower() in MISREAD:
             expected = (
                 "a variant's name of letters, digits, - and _, a letter first, that YAML does not take for a value"
             )
-            problems.add(("variants", name), expected, name)
+            problems.add(place, expected, name)
         elif name.lower() in seen:
-            expected = f"names that differ in more than case (there is {seen[name.lower()]})"
-            problems.add(("variants", name), expected, name)
+            same = "names that differ in more than case" if seen[name.lower()] != name else "names that occur once"
+            problems.add(place, f"{same} (there is {seen[name.lower()]})", name)
         else:
             seen[name.lower()] = name
     baseline = raw["study"].get("baseline") if isinstance(raw.get("study"), dict) else None

@@ -10,10 +10,10 @@ from ablation_lab.backend import tf
 
 @dataclass(frozen=True)
 class Arrays:
-    """`data/processed/`, mapped from disk: `images` uint8 (n, height, width, channels), `labels` (n,), and the sorted
-    indices of each part."""
+    """`data/processed/`, mapped from disk: `labels` (n,), the sorted indices of each part, and in `inputs` what a
+    network is fed: the pictures, uint8 (n, height, width, channels), or in their place features (`frozen.py`)."""
 
-    images: np.ndarray
+    inputs: list[np.ndarray]
     labels: np.ndarray
     train: np.ndarray
     validation: np.ndarray
@@ -79,34 +79,43 @@ class Shuffled:
         return self._order
 
 
-def training_batches(
-    arrays: Arrays, shuffled: Shuffled, first_epoch: int, epochs: int, one_hot: bool
-) -> tf.data.Dataset:
+def training_batches(arrays: Arrays, shuffled: Shuffled, first_epoch: int, epochs: int, labels: str) -> tf.data.Dataset:
     """Shuffled batches for the epochs from `first_epoch` (from 0) up to `epochs`.
 
+    Args:
+        labels: `one_hot`, float32 (batch, classes); `number`, int32 (batch,); `second`, float32 (batch, 1), which is 1
+            for the second of two classes.
+
     Returns:
-        Pictures uint8 (batch, height, width, channels) and labels, one-hot float32 (batch, classes) or int32 (batch,).
+        What the network is fed, for pictures uint8 (batch, height, width, channels), and labels.
     """
     steps = tf.data.Dataset.range(first_epoch * shuffled.steps, epochs * shuffled.steps)
-    return _load(arrays, steps, lambda step: shuffled.batch(int(step)), one_hot)
+    return _load(arrays, steps, lambda step: shuffled.batch(int(step)), labels)
 
 
-def ordered_batches(arrays: Arrays, indices: np.ndarray, batch_size: int, one_hot: bool) -> tf.data.Dataset:
+def ordered_batches(arrays: Arrays, indices: np.ndarray, batch_size: int, labels: str) -> tf.data.Dataset:
     """Batches in the order of `indices`, each picture once; shapes as in `training_batches`."""
     steps = tf.data.Dataset.range(-(-len(indices) // batch_size))
-    return _load(arrays, steps, lambda step: indices[step * batch_size : (step + 1) * batch_size], one_hot)
+    return _load(arrays, steps, lambda step: indices[step * batch_size : (step + 1) * batch_size], labels)
 
 
-def _load(arrays: Arrays, steps: tf.data.Dataset, batch, one_hot: bool) -> tf.data.Dataset:
+def _load(arrays: Arrays, steps: tf.data.Dataset, batch, form: str) -> tf.data.Dataset:
+    types = [tf.as_dtype(array.dtype) for array in arrays.inputs]
+
     def read(step):
         chosen = batch(step)
-        return arrays.images[chosen], arrays.labels[chosen].astype(np.int32)
+        return *(array[chosen] for array in arrays.inputs), arrays.labels[chosen].astype(np.int32)
 
     def load(step):
-        images, labels = tf.numpy_function(read, [step], (tf.uint8, tf.int32), stateful=False)
-        images.set_shape((None, *arrays.images.shape[1:]))
+        *inputs, labels = tf.numpy_function(read, [step], (*types, tf.int32), stateful=False)
+        for tensor, array in zip(inputs, arrays.inputs, strict=True):
+            tensor.set_shape((None, *array.shape[1:]))
         labels.set_shape((None,))
-        return images, tf.one_hot(labels, len(arrays.classes)) if one_hot else labels
+        if form == "one_hot":
+            labels = tf.one_hot(labels, len(arrays.classes))
+        elif form == "second":
+            labels = tf.cast(labels[:, tf.newaxis], tf.float32)
+        return inputs[0] if len(inputs) == 1 else tuple(inputs), labels
 
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
@@ -120,4 +129,4 @@ def open_arrays(folder: Path, classes: list[str]) -> Arrays:
         name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         for name in ("images", "labels", "train", "validation", "test")
     }
-    return Arrays(classes=classes, **arrays)
+    return Arrays(classes=classes, inputs=[arrays.pop("images")], **arrays)

@@ -11,104 +11,254 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ablation_lab import cell, datasets, files, models, optimization, params
+from ablation_lab import cell, datasets, files, frozen, models, optimization, params, selection
 from ablation_lab.backend import keras
+from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
-from ablation_lab.models import custom
+from ablation_lab.models import custom, transfer, weights
 from ablation_lab.params import Params, Variant
 
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
 # thread, for a first guess where nothing has been trained yet; both seen on a 2-core machine.
 START_UP_SECONDS = 12
 MACS_A_SECOND = 5e9
+SECONDS_A_WEIGHT = 4e-9  # of a step, for the optimizer to go through a trained weight and what it remembers of it
+
+
+Facts = dict[str, Any]
 
 
 def describe(
-    study: Params, image_shape: tuple[int, int, int], classes: int, root: Path = Path()
-) -> dict[str, dict[str, Any]]:
+    study: Params, image_shape: tuple[int, int, int], classes: int, root: Path = Path(), pictures: int = 0
+) -> dict[str, Facts]:
     """Build every variant's network and say what it is.
 
     Args:
         study: a valid study.
         image_shape: height, width, channels of the pictures.
         classes: number of classes.
+        pictures: their number in all parts, to see whether the features of a frozen prefix are too many to be kept.
 
     Returns:
         For each variant `parameters`, `trainable_parameters`, `macs` (of one picture's forward pass), `differences`
-        from the baseline, `layers`, `lints` and `plan_hash`.
+        from the baseline, `layers`, `lints`, `plan_hash`, and `frozen`: None, or of the network's frozen prefix an
+        `id`, which equal ones share, the `layers`, the `macs`, the `bytes` of its features of all pictures and whether
+        it is computed `once`.
 
     Raises:
         LabError: naming the variant, and the layer or the setting, of everything that can't be built.
     """
-    found: dict[str, dict[str, Any]] = {}
-    fingerprints: dict[str, str] = {}
-    problems: dict[str, list[str]] = {}
-    for name, variant in study.variants.items():
-        try:
-            json.dumps(variant.resolved(), allow_nan=False)
-            network = _build(variant, image_shape, classes)
-            fixed = settings(variant, root)
-        except LabError as error:
-            problems.setdefault(str(error), []).append(name)
-            continue
-        except (TypeError, ValueError) as error:
-            problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
-            continue
+    return _Describer(study, image_shape, classes, root, pictures).all(study.variants, "variants")
+
+
+def describe_both(
+    study: Params, image_shape: tuple[int, int, int], classes: int, root: Path = Path(), pictures: int = 0
+) -> tuple[dict[str, Facts], dict[str, dict[str, Facts]]]:
+    """As `describe`, and of the second phase what its variants are for each variant that may be selected."""
+    describer = _Describer(study, image_shape, classes, root, pictures)
+    first = describer.all(study.variants, "variants")
+    second = {
+        name: describer.all(variants, "finetune.variants", (study.variants[name], first[name]))
+        for name, variants in study.second.items()
+    }
+    return first, second
+
+
+class _Describer:
+    """Builds networks one after the other; those that begin with the same backbone share it, which saves most of the
+    time."""
+
+    def __init__(self, study: Params, image_shape: tuple[int, int, int], classes: int, root: Path, pictures: int):
+        self.study, self.root, self.pictures = study, root, pictures
+        self.image_shape, self.classes = image_shape, classes
+        self.backbones: dict[str, keras.Model] = {}
+
+    def all(
+        self, variants: dict[str, Variant], where: str, selected: tuple[Variant, Facts] | None = None
+    ) -> dict[str, Facts]:
+        """Facts of all variants of a phase; in the second one they start from the `selected` one's weights."""
+        found: dict[str, Facts] = {}
+        fingerprints: dict[str, str] = {}
+        problems: dict[str, list[str]] = {}
+        start = _shapes(self._network(selected[0])) if selected else None
+        for name, variant in variants.items():
+            try:
+                json.dumps(variant.resolved(), allow_nan=False)
+                network = self._network(variant)
+                if start not in (None, _shapes(network)):
+                    raise LabError(
+                        f"Expected the layers of {selected[0].name if selected else ''} with weights of the same "
+                        "shapes, as it starts from those. Found: others."
+                    )
+                found[name] = self._facts(name, variant, network, fingerprints, selected)
+            except LabError as error:
+                problems.setdefault(str(error), []).append(name)
+            except (TypeError, ValueError) as error:
+                problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
+        if problems:
+            # What is wrong in the base is wrong in every variant, and said once.
+            raise LabError("\n       ".join(f"{where}.{', '.join(names)}: {text}" for text, names in problems.items()))
+        return found
+
+    def _network(self, variant: Variant) -> keras.Model:
+        model = variant.resolved()["model"]
+        if model["builder"] != "transfer":
+            return _build(variant, self.image_shape, self.classes)
+        key = json.dumps([model["backbone"].lower(), variant.input.rescale])
+        network = _build(variant, self.image_shape, self.classes, self.backbones.get(key))
+        self.backbones.setdefault(key, transfer.backbone_of(network))
+        return network
+
+    def _facts(
+        self,
+        name: str,
+        variant: Variant,
+        network: keras.Model,
+        fingerprints: dict[str, str],
+        selected: tuple[Variant, Facts] | None,
+    ) -> Facts:
         placed = _flat(network)
         layers = [_layer(one) for one in placed]
+        prefix = _frozen(network, variant, self.pictures)
+        fixed = settings(variant, self.root, prefix, selected[1] if selected else None)
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
         lints = [] if twin == name else [f"{name} is the same network as {twin}, trained the same way"]
         if "code" in fixed and (unseen := custom.lint(fixed["code"])):
             lints.append(unseen)
+        if variant.model.builder == "transfer" and not selected:
+            lints += weights.lints(fixed["model"])
+        if prefix and not prefix["once"]:
+            why = (
+                "it augments its input"
+                if variant.input.augment
+                else f"the features would take {_size(prefix['bytes'])}"
+            )
+            lints.append(f"its {prefix['layers']} frozen layers are computed anew for each epoch, as {why}")
         if uncounted := _uncounted(placed):
             lints.append(uncounted)
-        found[name] = {
+        return {
             "parameters": network.count_params(),
-            "trainable_parameters": sum(_size(weight) for weight in network.trainable_weights),
+            "trainable_parameters": sum(_count(weight) for weight in network.trainable_weights),
             "macs": sum(layer["macs"] for layer in layers),
-            "differences": params.differences(study.baseline, variant),
+            "differences": params.differences(self.study.baseline, variant),
             "layers": layers,
             "lints": lints,
             "plan_hash": params.digest(params.canonical_json(fixed)),
+            "frozen": prefix,
+            "start": fixed.get("start"),
         }
-    if problems:
-        # What is wrong in the base is wrong in every variant, and said once.
-        raise LabError("\n       ".join(f"variants.{', '.join(names)}: {text}" for text, names in problems.items()))
+
+
+def _shapes(network: keras.Model) -> dict[str, tuple[int, ...]]:
+    """Of all weights that are kept, by their place in the network."""
+    return {one.path: one.shape for one in network.variables if not one.path.endswith("seed_generator_state")}
+
+
+def _frozen(network: keras.Model, variant: Variant, pictures: int) -> dict[str, Any] | None:
+    tensors = frozen.cut(network)
+    if not tensors:
+        return None
+    prefix = keras.Model(network.inputs, tensors, name="prefix")
+    layers = prefix.layers
+    model = variant.resolved()["model"]
+    size = sum(4 * math.prod(tensor.shape[1:]) for tensor in tensors) * pictures
+    return {
+        "id": params.digest(prefix.to_json() + str(model.get("weights")))[:12],
+        "layers": len(layers),
+        "macs": sum(macs(layer) for layer in layers),
+        "bytes": size,
+        "once": not variant.input.augment and size <= frozen.limit(),
+    }
+
+
+def settings(
+    variant: Variant, root: Path, prefix: dict[str, Any] | None = None, start: Facts | None = None
+) -> dict[str, Any]:
+    """What `plan/<variant>.json` holds: the resolved configuration and, where there is such a thing, the source files
+    of a network of the user's, the weights of a backbone, whether a frozen prefix is computed once, and of a variant of
+    the second phase the plan of what it starts from.
+
+    Args:
+        prefix: the `frozen` of the variant's facts.
+        start: the facts of the variant that it starts from.
+    """
+    found = variant.resolved()
+    if ":" in variant.model.builder:
+        found["code"] = custom.sources(variant.model.builder, root)
+    if ready := weights.wanted(found["model"], root):
+        found["weights"] = ready
+    if prefix is not None:
+        found["features"] = prefix["once"]
+    if start is not None:
+        found["start"] = start["plan_hash"]
     return found
 
 
-def settings(variant: Variant, root: Path) -> dict[str, Any]:
-    """What `plan/<variant>.json` holds: the resolved configuration and, for a network of the user's, its source files
-    with their sha256."""
-    found = variant.resolved()
-    return found | {"code": custom.sources(variant.model.builder, root)} if ":" in variant.model.builder else found
+def fetch_weights(study: Params, root: Path = Path()) -> None:
+    """Download the weights of ready-made backbones that aren't there, so that no training has to wait for a network.
+
+    Raises:
+        LabError: when a file can be had from nowhere; it says where to put it.
+    """
+    wanted: dict[str, tuple[dict[str, Any], weights.Wanted]] = {}
+    for variant in study.variants.values():
+        model = variant.resolved()["model"]
+        ready = weights.wanted(model, root)
+        if ready and ready["url"]:
+            wanted[ready["file"]] = (model, ready)
+    for name, (model, ready) in wanted.items():
+        try:
+            weights.locate(model, ready, root)
+        except LabError as missing:
+            host = (ready["url"] or "").rpartition("/")[0]
+            try:
+                fetch.keep({name: ready["hash"]}, weights.FOLDER, host, weights.keras_folder())
+            except LabError as lost:
+                raise LabError(f"{missing}\n       {lost}") from None
 
 
-def write(study: Params, described: dict[str, dict[str, Any]], root: Path = Path()) -> None:
-    """Write `plan/<variant>.json`, what fixes a result, and `plan/networks/<variant>.json`, what is worth knowing.
+def write(
+    study: Params,
+    described: dict[str, Facts],
+    root: Path = Path(),
+    second: dict[str, dict[str, Facts]] | None = None,
+) -> None:
+    """Write `plan/<variant>.json`, what fixes a result, and `plan/networks/<variant>.json`, what is worth knowing; of
+    the second phase the same in `plan/second/<selected variant>/`.
 
     Folders of cells that are no longer in the study are removed; DVC's cache keeps what was in them.
     """
     with files.whole(root / "plan") as folder:
-        (folder / "networks").mkdir()
-        for name, variant in study.variants.items():
-            text = params.canonical_json(settings(variant, root))
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
-            text = params.canonical_json(described[name])
-            (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
-    wanted = {cell.folder(name, seed, root) for name, seed in study.cells}
-    for folder in (root / "cells").glob("*/seed-*"):
-        if folder not in wanted:
-            shutil.rmtree(folder)
-    for folder in (root / "cells").glob("*"):
-        if folder.name not in study.variants and not any(folder.iterdir()):
-            folder.rmdir()
+        _write(folder, study.variants, described, root)
+        for selected, facts in (second or {}).items():
+            _write(folder / "second" / selected, study.second[selected], facts, root, described[selected])
+    names = [*study.variants, *study.second_names]
+    for place in (root / "cells", root / cell.VALIDATION):
+        wanted = {f"{name}/seed-{seed}" for name in names for seed in study.seeds}
+        for found in place.glob("*/seed-*"):
+            if found.relative_to(place).with_suffix("").as_posix() not in wanted:
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+        for found in place.glob("*"):
+            if found.name not in names and not any(found.iterdir()):
+                found.rmdir()
 
 
-def reasons(study: Params, described: dict[str, dict[str, Any]], data_digest: str | None, root: Path = Path()) -> dict:
+def _write(
+    folder: Path, variants: dict[str, Variant], described: dict[str, Facts], root: Path, start: Facts | None = None
+) -> None:
+    (folder / "networks").mkdir(parents=True)
+    for name, variant in variants.items():
+        text = params.canonical_json(settings(variant, root, described[name]["frozen"], start))
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        text = params.canonical_json(described[name])
+        (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def reasons(study: Params, described: dict[str, Facts], data_digest: str | None, root: Path = Path()) -> dict:
     """Why each cell would be trained, or None where its result is there and up to date.
 
     Args:
+        described: facts of the variants that are asked about.
         data_digest: the digest in the data card; None before `preprocess` has run.
 
     Returns:
@@ -116,7 +266,7 @@ def reasons(study: Params, described: dict[str, dict[str, Any]], data_digest: st
     """
     code = cell.training_code(root)
     found: dict[tuple[str, int], str | None] = {}
-    for name, seed in study.cells:
+    for name, seed in itertools.product(described, study.seeds):
         path = cell.folder(name, seed, root) / cell.RESULT
         if not path.exists():
             found[name, seed] = "no result here"
@@ -134,44 +284,58 @@ def reasons(study: Params, described: dict[str, dict[str, Any]], data_digest: st
 
 
 def minutes(
-    study: Params, described: dict[str, dict[str, Any]], pictures: int, root: Path = Path()
+    variants: dict[str, Variant], described: dict[str, Facts], seeds: list[int], pictures: int, root: Path = Path()
 ) -> dict[str, float]:
-    """Estimated minutes of one cell of each variant: from its own past timings, else from its size.
+    """Estimated minutes of one cell of each variant: from its own past timings, else from its size. A frozen prefix
+    that is computed once counts in the first variant that has it.
 
     Args:
         pictures: size of the training part.
     """
     guesses = {}
-    for name, variant in study.variants.items():
+    computed: set[str] = set()
+    for name, variant in variants.items():
+        facts, threads = described[name], variant.train.threads
         used = pictures * variant.input.fraction
         if variant.train.steps_per_epoch:
             used = variant.train.steps_per_epoch * variant.train.batch_size
-        epoch = used * described[name]["macs"] / MACS_A_SECOND / variant.train.threads**0.5
-        epoch += 0.002 * used / variant.train.batch_size
-        for seed in study.seeds:
+        # A frozen layer only goes forward; the others go backward too, which costs twice as much.
+        ahead = facts["frozen"]["macs"] if facts["frozen"] else 0
+        once = bool(facts["frozen"] and facts["frozen"]["once"])
+        epoch = used * (facts["macs"] - ahead + (0 if once else ahead / 3)) / MACS_A_SECOND / threads**0.5
+        epoch += used / variant.train.batch_size * (0.002 + facts["trainable_parameters"] * SECONDS_A_WEIGHT)
+        for seed in seeds:
             folder = cell.folder(name, seed, root)
             if not (folder / cell.TIMING).exists() or not (folder / cell.RESULT).exists():
                 continue
-            if files.read_json(folder / cell.RESULT)["plan_hash"] == described[name]["plan_hash"]:
+            if files.read_json(folder / cell.RESULT)["plan_hash"] == facts["plan_hash"]:
                 seconds = files.read_json(folder / cell.TIMING)["epoch_seconds"]
                 epoch = sum(seconds) / len(seconds)
         guesses[name] = (START_UP_SECONDS + variant.train.epochs * epoch) / 60
+        if once and facts["frozen"]["id"] not in computed:
+            computed.add(facts["frozen"]["id"])
+            guesses[name] += 1.4 * pictures * ahead / 3 / MACS_A_SECOND / threads**0.5 / 60
     return guesses
 
 
-def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], int, int, str | None]:
+def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], int, int, int, str | None]:
     """What the networks would be fed: by the data card where `preprocess` has run, else by what is known of the data.
 
     Returns:
-        Image shape, number of classes, size of the training part, and the data's digest (None without a data card).
+        Image shape, number of classes, size of the training part and of all, and the data's digest (None without a data
+        card).
     """
     known = datasets.spec(study.data)
     processed = root / "data" / "processed"
     made_with = processed / "settings.json"
-    # Pictures made before there was `unreadable` are those of its default.
-    if made_with.exists() and {"unreadable": "error"} | files.read_json(made_with) == study.data.model_dump():
+    # Pictures made before there were `unreadable` and `pictures` are those of their defaults.
+    if (
+        made_with.exists()
+        and {"unreadable": "error", "pictures": None} | files.read_json(made_with) == study.data.model_dump()
+    ):
         card = files.read_json(processed / "card.json")
-        return tuple(card["image_shape"]), len(card["classes"]), card["counts"]["train"], card["digest"]
+        counts = card["counts"]
+        return tuple(card["image_shape"]), len(card["classes"]), counts["train"], sum(counts.values()), card["digest"]
     if known is None:
         raise LabError(
             "data: Expected pictures that are preprocessed with these settings, since only they tell their classes. "
@@ -181,37 +345,93 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     counts = known.counts
     total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
     rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
-    return known.image_shape, len(known.classes), round(total * rest), None
+    return known.image_shape, len(known.classes), round(total * rest), sum(counts.values()), None
 
 
-def as_json(study: Params, described: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The plan for programs (`ablab plan --json`)."""
-    cells = [f"{name}-{seed}" for name, seed in study.cells]
-    return {"study": study.study.name, "baseline": study.study.baseline, "cells": cells, "variants": described}
+def as_json(
+    study: Params, described: dict[str, Facts], second: dict[str, dict[str, Facts]] | None = None
+) -> dict[str, Any]:
+    """The plan for programs (`ablab plan --json`). A study in two phases has in `second` its second phase's variants,
+    by the variant that may be selected."""
+    cells = [f"{name}-{seed}" for name in [*study.variants, *study.second_names] for seed in study.seeds]
+    plan = {"study": study.study.name, "baseline": study.study.baseline, "cells": cells, "variants": described}
+    return plan | ({"second": second} if second else {})
 
 
-def table(
+@dataclass(frozen=True)
+class Row:
+    """What the table shows of a variant: its facts, why its cells would be trained, minutes of one of them.
+
+    Args:
+        base: the variant that sizes are compared with, and its facts.
+        counted: whether its cells count in the sum.
+    """
+
+    name: str
+    base: tuple[str, Facts]
+    facts: Facts
+    reasons: list[str]
+    minutes: float
+    counted: bool = True
+
+
+def rows(
     study: Params,
-    described: dict[str, dict[str, Any]],
-    reasons: dict[tuple[str, int], str | None],
-    minutes: dict[str, float],
-) -> str:
+    described: dict[str, Facts],
+    second: dict[str, dict[str, Facts]],
+    pictures: int,
+    data_digest: str | None,
+    root: Path = Path(),
+) -> tuple[list[Row], list[Row]]:
+    """Both phases for `table`. The second one has a row for each variant that may be selected or, once today's first
+    phase is trained, for the one that is."""
+    base = (study.study.baseline, described[study.study.baseline])
+    first = _rows(study, study.variants, base, described, pictures, data_digest, root, counted=True)
+    chosen = next(iter(second), None)
+    if second and not any(row.reasons for row in first if row.name in second):
+        chosen = selection.choose(study, root)["variant"]
+        second = {chosen: second[chosen]}
+    found = [
+        _rows(study, study.second[name], (name, described[name]), facts, pictures, data_digest, root, name == chosen)
+        for name, facts in second.items()
+    ]
+    return first, [row for together in zip(*found, strict=True) for row in together]
+
+
+def _rows(
+    study: Params,
+    variants: dict[str, Variant],
+    base: tuple[str, Facts],
+    described: dict[str, Facts],
+    pictures: int,
+    data_digest: str | None,
+    root: Path,
+    counted: bool,
+) -> list[Row]:
+    why = reasons(study, described, data_digest, root)
+    spent = minutes(variants, described, study.seeds, pictures, root)
+    return [
+        Row(name, base, facts, [one for seed in study.seeds if (one := why[name, seed])], spent[name], counted)
+        for name, facts in described.items()
+    ]
+
+
+def table(study: Params, first: list[Row], second: list[Row]) -> str:
     """The plan for people: a row a variant, then warnings and the sum."""
-    base = described[study.study.baseline]["parameters"]
-    rows, left, total = [], 0, 0.0
-    for name, facts in described.items():
-        why = [reason for seed in study.seeds if (reason := reasons[name, seed])]
-        left, total = left + len(why), total + len(why) * minutes[name]
-        changes = "; ".join(_change(one) for one in facts["differences"])
-        to_train = f"{len(why)} of {len(study.seeds)}: {', '.join(dict.fromkeys(why))}" if why else "nothing"
-        change = f"{facts['parameters'] - base:+,}" if name != study.study.baseline else ""
-        rows.append([name, changes, f"{facts['parameters']:,}", change, f"{facts['macs']:,}", minutes[name], to_train])
-    headers = ["variant", "change", "parameters", "change", "MACs", "minutes a cell", "to train"]
-    widths = [None, 44, None, None, None, None, 24]
-    align = ("left", "left", "right", "right", "right", "right", "left")
-    lines = [tabulate(rows, headers, floatfmt=".1f", maxcolwidths=widths, colalign=align), ""]
-    lines += [f"warning: {lint}" for facts in described.values() for lint in facts["lints"]]
-    lines.append(f"{left} of {len(study.cells)} cells to train, about {_duration(total)} one after another.")
+    lines = ["Phase one", ""] if second else []
+    lines += [_table(study, first), ""]
+    if second:
+        known = len({row.base[0] for row in second}) == 1
+        lines += [f"Phase two, with {second[0].base[0]}" if known else "Phase two, by what phase one may select", ""]
+        lines += [_table(study, second), ""]
+    lines += _once([*first, *second])
+    lines += dict.fromkeys(f"warning: {lint}" for row in [*first, *second] for lint in row.facts["lints"])
+    counted = [row for row in [*first, *second] if row.counted]
+    left = sum(len(row.reasons) for row in counted)
+    total = sum(len(row.reasons) * row.minutes for row in counted)
+    lines.append(
+        f"{left} of {len(counted) * len(study.seeds)} cells to train, about {_duration(total)} one after another."
+    )
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
     if study.data.dataset == "image_folder":
@@ -219,10 +439,61 @@ def table(
     return "\n".join(lines)
 
 
+def _table(study: Params, rows: list[Row]) -> str:
+    partly = any(row.facts["trainable_parameters"] != row.facts["parameters"] for row in rows)
+    bases = {row.base[0] for row in rows}
+    shown = []
+    for number, row in enumerate(rows):
+        facts, (base, base_facts) = row.facts, row.base
+        again = number > 0 and rows[number - 1].name == row.name
+        # What a variant of phase two has from the selected one is no change of its own.
+        own = [
+            one for one in facts["differences"] if base == study.study.baseline or one not in base_facts["differences"]
+        ]
+        cells = {"variant": "" if again else row.name, "change": "" if again else "; ".join(map(_change, own))}
+        if len(bases) > 1:
+            cells["selected"] = base
+        cells["parameters"] = f"{facts['parameters']:,}"
+        if partly:
+            cells["trained"] = f"{facts['trainable_parameters']:,}"
+        else:
+            cells["difference"] = f"{facts['parameters'] - base_facts['parameters']:+,}" if row.name != base else ""
+        why = f"{len(row.reasons)} of {len(study.seeds)}: {', '.join(dict.fromkeys(row.reasons))}"
+        cells |= {"MACs": f"{facts['macs']:,}", "minutes a cell": f"{row.minutes:.1f}"}
+        shown.append(cells | {"to train": why if row.reasons else "nothing"})
+    heads = list(shown[0])
+    widths = [{"change": 44, "to train": 24}.get(head) for head in heads]
+    align = ["left" if head in ("variant", "change", "selected", "to train") else "right" for head in heads]
+    return tabulate(
+        [list(row.values()) for row in shown], heads, maxcolwidths=widths, colalign=align, disable_numparse=True
+    )
+
+
+def _once(rows: list[Row]) -> list[str]:
+    """What is computed once of frozen prefixes, a line for each of them."""
+    found: dict[str, dict[str, Any]] = {}
+    sharing: dict[str, list[str]] = {}
+    for row in rows:
+        prefix = row.facts["frozen"]
+        if prefix and prefix["once"]:
+            found[prefix["id"]] = prefix
+            sharing.setdefault(prefix["id"], []).append(row.name)
+    return [
+        f"{', '.join(dict.fromkeys(sharing[key]))}: {prefix['layers']} frozen layers are computed once, for all "
+        f"epochs, and {_size(prefix['bytes'])} of features kept in {frozen.FOLDER}/"
+        for key, prefix in found.items()
+    ]
+
+
 def _duration(minutes: float) -> str:
     if minutes < 100:
         return f"{max(minutes, 1):.0f} min"
     return f"{minutes / 60:.0f} hours" if minutes < 100 * 60 else f"{minutes / 60 / 24:.0f} days"
+
+
+def _size(size: int) -> str:
+    """Bytes in MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _change(difference: dict[str, Any]) -> str:
@@ -232,7 +503,9 @@ def _change(difference: dict[str, Any]) -> str:
     return f"{difference['path']}: {shown(difference['baseline'])} → {shown(difference['variant'])}"
 
 
-def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) -> keras.Model:
+def _build(
+    variant: Variant, image_shape: tuple[int, int, int], classes: int, backbone: keras.Model | None = None
+) -> keras.Model:
     """Build a network, and use once everything of Keras' that is only named in the study: what would stop a training
     after hours of others stops the plan."""
     chosen = variant.resolved()
@@ -240,7 +513,7 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
     try:
         # A network for pictures of any size is sized at that of the data.
         model = chosen["model"] | {"any_size": False}
-        network = models.build(model, chosen["input"]["rescale"], image_shape, classes)
+        network = models.build(model, chosen["input"]["rescale"], image_shape, classes, backbone)
         pictures = np.zeros((2, *image_shape), np.uint8)
         if ":" in model["builder"]:
             custom.check(network, image_shape, classes, model["builder"])
@@ -254,9 +527,11 @@ def _build(variant: Variant, image_shape: tuple[int, int, int], classes: int) ->
         optimizer = optimization.optimizer(chosen["train"]["optimizer"])
         weight = keras.Variable(np.zeros((2, 2), np.float32))
         optimizer.apply([np.ones((2, 2), np.float32)], [weight])
-        labels = np.zeros(2, np.int32)
-        one_hot = keras.ops.one_hot(labels, classes) if optimization.takes_one_hot(chosen["train"]) else labels
-        value = optimization.loss(chosen["train"])(one_hot, np.full((2, classes), 1 / classes, np.float32))
+        output, labels = models.output(model), np.zeros(2, np.int32)
+        given = {"number": labels, "one_hot": np.eye(classes, dtype=np.float32)[labels], "second": labels[:, None]}
+        loss = optimization.loss(chosen["train"], output)
+        predicted = np.full((2, 1 if output == "sigmoid" else classes), 1 / classes, np.float32)
+        value = loss(given[optimization.label_form(chosen["train"], output)], predicted)
         if tuple(value.shape):
             raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
     except LabError:
@@ -380,16 +655,16 @@ def macs(layer: keras.layers.Layer) -> int:
     positions = math.prod(size for size in out[:2] if size) if len(out) == 3 else 1
     match type(layer).__name__:
         case "Conv2D" | "DepthwiseConv2D":
-            return positions * _size(layer.kernel)
+            return positions * _count(layer.kernel)
         case "SeparableConv2D":
-            return positions * (_size(layer.depthwise_kernel) + _size(layer.pointwise_kernel))
+            return positions * (_count(layer.depthwise_kernel) + _count(layer.pointwise_kernel))
         case "Conv2DTranspose":  # each input position is spread by the whole kernel
             height, width = layer.input.shape[1:3]
-            return height * width * _size(layer.kernel)
+            return height * width * _count(layer.kernel)
         case "Dense":
-            return _size(layer.kernel)
+            return _count(layer.kernel)
     return 0
 
 
-def _size(weight: keras.Variable) -> int:
+def _count(weight: keras.Variable) -> int:
     return math.prod(weight.shape)

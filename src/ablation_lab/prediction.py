@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ablation_lab import backend, cell, files, models, params, preprocess
+from ablation_lab import backend, cell, files, models, params, preprocess, selection
 from ablation_lab.errors import LabError
 
 
@@ -27,9 +27,13 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         LabError: for an unknown variant or seed, a cell that is not trained, a picture that can't be read.
     """
     study = params.load(root / "params.yaml")
+    if variant in study.second_names:
+        study = selection.both_phases(study, root)
     seed = study.seeds[0] if seed is None else seed
     if variant not in study.variants:
-        raise LabError(f"--variant: Expected one of {', '.join(study.variants)}. Found: {variant}.")
+        raise LabError(
+            f"--variant: Expected one of {', '.join([*study.variants, *study.second_names])}. Found: {variant}."
+        )
     if seed not in study.seeds:
         raise LabError(f"--seed: Expected one of {', '.join(map(str, study.seeds))}. Found: {seed}.")
     card = files.read_json(root / "data" / "processed" / "card.json")
@@ -37,7 +41,7 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     pictures = [_read(path, study.data, card, any_size) for path in images]
     folder = cell.folder(variant, seed, root)
     trained = files.read_json(folder / cell.RESULT)
-    if "plan_hash" in trained and trained["plan_hash"] != _plan_hash(root / "plan" / f"{variant}.json", study, variant):
+    if "plan_hash" in trained and trained["plan_hash"] != _plan_hash(cell.plan_file(variant, root), study, variant):
         print(f"warning: {variant} was trained with other settings than those of params.yaml", file=sys.stderr)
     backend.set_up(study.variants[variant].train.threads)
     network = models.load(folder, study.variants[variant].model.builder)
@@ -51,10 +55,8 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
 
 
 def _plan_hash(path: Path, study: params.Params, variant: str) -> str:
-    """The hash of the plan that params.yaml asks for; the sources of a network of the user's as they were planned."""
-    planned = files.read_json(path)
-    today = study.variants[variant].resolved() | ({"code": planned["code"]} if "code" in planned else {})
-    return params.digest(params.canonical_json(today))
+    """The hash of the plan that params.yaml asks for; what the plan holds beside the settings as it was planned."""
+    return params.digest(params.canonical_json(files.read_json(path) | study.variants[variant].resolved()))
 
 
 def _read(path: Path, data: params.Data, card: dict[str, Any], any_size: bool) -> np.ndarray:

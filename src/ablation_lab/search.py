@@ -261,8 +261,8 @@ def _experiment_name(root: Path, study: Params) -> str:
     Raises:
         LabError: when a network of the study can't be built.
     """
-    image_shape, classes, _, data_digest = planning.pictures(study, root)
-    described = planning.describe(study, image_shape, classes, root)
+    image_shape, classes, _, pictures, data_digest = planning.pictures(study, root)
+    described = planning.describe(study, image_shape, classes, root, pictures)
     code = cell.training_code(root)
     hashes = [
         [name, seed, cell.cell_hash(described[name]["plan_hash"], seed, data_digest or "", code)]

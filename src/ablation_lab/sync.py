@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from ablation_lab import cell, files, params, tracking
+from ablation_lab import cell, files, params, selection, tracking
 
 # A run's final metrics, and their columns in evaluation/cells.csv.
 FINAL = {name: name for name in ("train_accuracy", "best_epoch", "validation_accuracy", "test_accuracy", "test_loss")}
@@ -18,7 +18,7 @@ def sync(root: Path = Path()) -> dict[str, str]:
     Returns:
         MLflow's run ids by cell, for the receipt.
     """
-    study = params.load(root / "params.yaml")
+    study = selection.both_phases(params.load(root / "params.yaml"), root)
     with (root / "evaluation" / "cells.csv").open(encoding="utf-8", newline="") as file:
         scores = {(row["variant"], int(row["seed"])): row for row in csv.DictReader(file)}
     receipt = {}
@@ -26,7 +26,7 @@ def sync(root: Path = Path()) -> dict[str, str]:
     for name, seed in study.cells:
         folder = cell.folder(name, seed, root)
         result = files.read_json(folder / cell.RESULT)
-        plan = files.read_json(root / "plan" / f"{name}.json")
+        plan = files.read_json(cell.plan_file(name, root))
         identity = tracking.Identity(study.study.name, name, seed, result["cell_hash"], plan)
         row = scores[name, seed]
         final = {key: float(row[column]) for key, column in FINAL.items() if row[column]}

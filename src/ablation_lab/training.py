@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,30 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, files, models, optimization, pipeline, tracking
+from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline, tracking
 from ablation_lab.backend import keras
+from ablation_lab.models import weights
 
 PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
 SHOWN = 8  # test pictures whose probabilities are also written for the untrained network
 
 # Seconds between two pictures of the progress bar; a log file needn't grow by the second.
 SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 10
-PLAN, DATA = Path("plan"), Path("data/processed")
+DATA = Path("data/processed")
 
 EpochReport = Callable[[dict[str, float]], None]
 
 
-def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
+def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
     """Train the cell of a planned variant, track it in MLflow and write its folder, all of it or nothing.
 
-    A cell that another variant has finished already, under the same plan, data, code and seed, is shared.
+    A cell that another variant has finished already, under the same plan, data, code and seed, is shared. A cell of the
+    second phase starts from the weights of the selected variant's cell with the same seed.
+
+    Returns:
+        What `cell.json` holds.
     """
-    plan_file = root / PLAN / f"{variant}.json"
+    plan_file = cell.plan_file(variant, root)
     plan = files.read_json(plan_file)
     card = files.read_json(root / DATA / "card.json")
     code = cell.training_code(root)
@@ -49,19 +55,28 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> None:
             for row in cell.history(out):
                 run.epoch(row)
         else:
+            start = cell.start(seed, root) if "start" in plan else None
             with files.whole(out) as folder:
-                network, result = train(plan, seed, root / DATA, folder, identity.name, run.epoch)
+                network, result = train(plan, seed, root / DATA, folder, identity.name, run.epoch, start)
                 result |= {"cell_hash": cell_hash, "plan_hash": plan_hash, "data_digest": card["digest"]}
                 files.write_json(folder / cell.RESULT, result)
-        run.metrics({"train_accuracy": result["train_accuracy"], "best_epoch": result["best_epoch"]})
+        run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
         run.model(network, card["classes"])
+    return result
 
 
 def train(
-    plan: dict[str, Any], seed: int, data: Path, out: Path, name: str, report: EpochReport
+    plan: dict[str, Any],
+    seed: int,
+    data: Path,
+    out: Path,
+    name: str,
+    report: EpochReport,
+    start: Path | None = None,
 ) -> tuple[keras.Model, dict[str, Any]]:
     """Train one cell and write its files to `out`; all but `timing.json` are the same bytes every time.
 
+    Where the plan says so, the network's frozen prefix is computed once, and the rest is trained on what it gives.
     `cell.json` is not written here: whoever calls knows the cell's identity.
 
     Args:
@@ -71,12 +86,13 @@ def train(
         out: an empty folder.
         name: what the progress bar is called.
         report: called after each epoch with its row of `history.csv` and `epoch_seconds`.
+        start: the weights to start from; None are new ones, and a ready-made backbone's own.
 
     Returns:
         The trained network with the kept weights, and the result for `cell.json`.
     """
     started = time.perf_counter()
-    settings = plan["train"]
+    settings, model = plan["train"], plan["model"]
     device = backend.set_up(settings["threads"])
     keras.utils.clear_session()  # names are counted, and they are part of what is written
     keras.utils.set_random_seed(seed)
@@ -84,41 +100,54 @@ def train(
     arrays = pipeline.open_arrays(data, card["classes"])
     train_part = pipeline.training_indices(arrays.train, arrays.labels, plan["input"]["fraction"])
     shuffled = pipeline.Shuffled(train_part, settings["batch_size"], settings["steps_per_epoch"], seed)
-    one_hot = optimization.takes_one_hot(settings)
+    form = optimization.label_form(settings, models.output(model))
 
-    network = models.build(plan["model"], plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
-    trainer = _augmented(network, plan["input"]["augment"])
+    network = models.build(model, plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
+    if start is not None:
+        network.load_weights(start)
+    elif plan.get("weights"):
+        weights.load(network, model, weights.locate(model, plan["weights"], files.root()))
+    whole, trained = network, models.trained(network, model)
+    if plan.get("features"):
+        prefix, whole, trained = frozen.split(network, trained)
+        features = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name)
+        arrays = replace(arrays, inputs=features)
+    whole.compile(jit_compile=backend.compile_with_xla())  # for its predictions, where it isn't what is trained
+    trainer = _augmented(trained, plan["input"]["augment"])
     trainer.compile(
         optimizer=optimization.optimizer(settings["optimizer"]),
-        loss=optimization.loss(settings),
+        loss=optimization.loss(settings, models.output(model)),
         metrics=["accuracy"],
         jit_compile=backend.compile_with_xla(),
     )
-    untrained = network.get_weights()
+    untrained = trainer.get_weights()
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None, report)
     trainer.fit(
-        pipeline.training_batches(arrays, shuffled, 0, settings["epochs"], one_hot),
+        pipeline.training_batches(arrays, shuffled, 0, settings["epochs"], form),
         steps_per_epoch=shuffled.steps,
         epochs=settings["epochs"],
-        validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, one_hot),
+        validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
+        class_weight=optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part]),
         callbacks=[recorder, *optimization.callbacks(settings), Progress(name, shuffled.steps)],
         shuffle=False,  # the batches come shuffled
         verbose=0,
     )
 
     # Fitting and model selection are over. Only now the test pictures are looked at, and nothing is scored on them.
+    def predicted(indices: np.ndarray) -> np.ndarray:
+        return whole.predict(pipeline.ordered_batches(arrays, indices, PREDICTION_BATCH, form), verbose=0)
+
     shown = first_of_each_class(arrays.labels[arrays.test])
     kept = recorder.kept()
-    network.set_weights(untrained)
-    before = network.predict(pipeline.ordered_batches(arrays, arrays.test[shown], PREDICTION_BATCH, one_hot), verbose=0)
+    trainer.set_weights(untrained)
+    before = predicted(arrays.test[shown])
     trainer.set_weights(kept)
-    predictions = {}
+    predictions: dict[str, Any] = {}
     for part in ("validation", "test"):
         indices = getattr(arrays, part)
-        batches = pipeline.ordered_batches(arrays, indices, PREDICTION_BATCH, one_hot)
-        predictions[f"{part}_probabilities"] = network.predict(batches, verbose=0)
+        predictions[f"{part}_probabilities"] = predicted(indices)
         predictions[f"{part}_labels"] = arrays.labels[indices].astype(np.int64)
-    train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, one_hot)
+    train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, form)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
@@ -133,6 +162,8 @@ def train(
         "best_epoch": recorder.best_epoch,
         "train_accuracy": None if recorder.diverged else scores["accuracy"],
         "train_loss": None if recorder.diverged else scores["loss"],
+        "validation_accuracy": None if recorder.diverged else _accuracy(predictions, "validation"),
+        "validation_loss": None if recorder.diverged else recorder.history[(recorder.best_epoch or 1) - 1]["val_loss"],
     }
     timing = {
         "device": device,
@@ -142,6 +173,11 @@ def train(
     }
     files.write_json(out / cell.TIMING, timing)
     return network, result
+
+
+def _accuracy(predictions: dict[str, Any], part: str) -> float:
+    chosen = predictions[f"{part}_probabilities"].argmax(axis=1)
+    return float((chosen == predictions[f"{part}_labels"]).mean())
 
 
 def first_of_each_class(labels: np.ndarray) -> np.ndarray:

@@ -24,6 +24,10 @@ DATASETS: dict[str, ModuleType] = {
 def spec(data: params.Data) -> Spec | None:
     """What the network will be fed, as far as it is known without the data; None if it isn't."""
     known: Spec | None = DATASETS[data.dataset].SPEC
+    if known is None and data.pictures and data.image_size:
+        channels = 1 if data.color == "grayscale" else 3
+        counts = {"all": sum(data.pictures.values())}
+        return Spec(tuple(sorted(data.pictures)), (data.image_size[0], data.image_size[1], channels), counts)
     if known is None:
         return None
     height, width = data.image_size or known.image_shape[:2]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,22 +28,16 @@ class _Fault(Exception):
         self.lost = lost
 
 
-def mirror() -> str | None:
-    """`ABLAB_DATA_MIRROR`: a base URL, or a folder (a relative one is looked up under the root)."""
-    place = os.environ.get("ABLAB_DATA_MIRROR", "").rstrip("/")
-    return (
-        place if not place or _is_url(place) else str(files.root() / Path(place.removeprefix("file://")).expanduser())
-    )
-
-
-def fetch(sums: Mapping[str, str], folder: str, sources: Mapping[str, str], destination: Path, advice: str) -> None:
+def fetch(
+    sums: Mapping[str, str | None], folder: str, sources: Mapping[str, str], destination: Path, advice: str
+) -> None:
     """Fill `destination` with files, the same bytes from whatever source.
 
     What is there already and right is kept. Then come `ABLAB_DATA_MIRROR`, the cache of earlier downloads
     (`ABLAB_CACHE`, else the platform's cache folder) and the sources in their order.
 
     Args:
-        sums: file name to sha256.
+        sums: file name to sha256, or to `md5:…` or `sha256:…`; None where it isn't known.
         folder: where the files lie below a mirror and in the cache.
         sources: what a source is called, to its base URL or folder.
         destination: replaced as a whole.
@@ -50,8 +45,8 @@ def fetch(sums: Mapping[str, str], folder: str, sources: Mapping[str, str], dest
     Raises:
         LabError: with what happened at each source.
     """
-    cache = Path(os.environ.get("ABLAB_CACHE") or pooch.os_cache("ablation-lab")) / folder
-    near = mirror()
+    cache = files.cache() / folder
+    near = files.mirror()
     places = {
         "": str(destination),
         **({"ABLAB_DATA_MIRROR": f"{near}/{folder}"} if near else {}),
@@ -61,11 +56,11 @@ def fetch(sums: Mapping[str, str], folder: str, sources: Mapping[str, str], dest
     faults = []
     with files.whole(destination) as part:
         for label, place in places.items():
-            for name, sha256 in sums.items():
+            for name, wanted in sums.items():
                 if (part / name).exists():
                     continue
                 try:
-                    _get(f"{place}/{name}", part / name, sha256)
+                    _get(f"{place}/{name}", part / name, wanted)
                 except _Fault as fault:
                     (part / name).unlink(missing_ok=True)
                     if label not in ("", "the cache"):
@@ -75,7 +70,7 @@ def fetch(sums: Mapping[str, str], folder: str, sources: Mapping[str, str], dest
                 else:
                     if label:
                         print(f"{name}: from {label}, {place}", file=sys.stderr)
-                    if label in sources and _is_url(place):
+                    if label in sources and files.is_url(place):
                         with suppress(OSError):  # a full or read-only cache is no reason to fail
                             _store(part / name, cache / name)
         missing = [name for name in sums if not (part / name).exists()]
@@ -92,9 +87,27 @@ def fetch(sums: Mapping[str, str], folder: str, sources: Mapping[str, str], dest
         print(f"warning: {passed_over}", file=sys.stderr)
 
 
-def _get(place: str, target: Path, sha256: str) -> None:
+def keep(sums: Mapping[str, str | None], folder: str, source: str, also: Path) -> None:
+    """Fetch files into the cache, `ABLAB_CACHE` or the platform's, where they are looked for under the same name.
+
+    Args:
+        sums: file name to hash, as in `fetch`.
+        folder: where the files lie below a mirror and in the cache.
+        source: the base URL of their official host.
+        also: another folder where they may be.
+    Raises:
+        LabError: as `fetch`.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        found = Path(place) / folder
+        fetch(sums, folder, {source: source}, found, f"into {also}")
+        for name in sums:
+            _store(found / name, files.cache() / folder / name)
+
+
+def _get(place: str, target: Path, wanted: str | None) -> None:
     """Copy or download one file and check it; a broken download is tried again."""
-    if not _is_url(place):
+    if not files.is_url(place):
         try:
             shutil.copyfile(place, target)
         except FileNotFoundError:
@@ -104,11 +117,11 @@ def _get(place: str, target: Path, sha256: str) -> None:
             raise _Fault(f"{place}: no such file") from None
         except OSError as error:
             raise _Fault(f"{place}: {error.strerror}") from None
-        return _check(place, target, sha256)
+        return _check(place, target, wanted)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _download(place, target)
-            return _check(place, target, sha256)
+            return _check(place, target, wanted)
         except requests.ConnectTimeout:
             raise _Fault(f"{place}: no connection within {TIMEOUT[0]} s", lost=True) from None
         except requests.HTTPError as error:
@@ -143,15 +156,19 @@ def _download(url: str, target: Path) -> None:
             response.close()
 
 
-def _check(place: str, file: Path, sha256: str) -> None:
-    found = pooch.file_hash(str(file), alg="sha256")
-    if found != sha256:
+def _check(place: str, file: Path, wanted: str | None) -> None:
+    if wanted is None:
+        return
+    algorithm, _, expected = wanted.rpartition(":")
+    algorithm = algorithm or "sha256"
+    found = pooch.file_hash(str(file), alg=algorithm)
+    if found != expected:
         with file.open("rb") as opened:
             start = opened.read(256).lstrip().lower()
         kind = ", an HTML page" if start.startswith((b"<!doctype html", b"<html")) else ""
         raise _Fault(
-            f"{place}: refused. Expected sha256 {sha256}. Found: sha256 {found} ({file.stat().st_size:,} bytes{kind}). "
-            f"Put the official {file.name} there, or use another source."
+            f"{place}: refused. Expected {algorithm} {expected}. Found: {algorithm} {found} "
+            f"({file.stat().st_size:,} bytes{kind}). Put the official {file.name} there, or use another source."
         )
 
 
@@ -172,7 +189,3 @@ def _reason(error: BaseException) -> str:
     error = getattr(error, "reason", error)
     text = str(error.args[0] if error.args else error)
     return text.partition("): ")[2] or text
-
-
-def _is_url(place: str) -> bool:
-    return place.startswith(("http://", "https://"))

@@ -15,14 +15,13 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from ablation_lab import files, params
-from ablation_lab.datasets import fetch
 from ablation_lab.datasets.source import Source, Spec
 from ablation_lab.errors import LabError
 
@@ -57,7 +56,7 @@ def locate(data: params.Data) -> Path:
     what = f"a folder or an archive (.zip, .tar, .tar.gz) of pictures, with {LAYOUT}"
     if not data.path:
         raise LabError(f"data.path: Expected {what}. Found: nothing.")
-    mirror = fetch.mirror()
+    mirror = files.mirror()
     folders = [files.root()] + ([Path(mirror)] if mirror and not mirror.startswith("http") else [])
     places = list(dict.fromkeys(folder / Path(data.path).expanduser() for folder in folders))
     for place in places:
@@ -113,6 +112,10 @@ def download(data: params.Data, destination: Path) -> None:
         print(f"{found}: ignored what is no picture by its suffix: {kinds}", file=sys.stderr)
 
 
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
 def open_raw(data: params.Data, raw: Path) -> Source:
     try:
         packed = zipfile.ZipFile(raw / PICTURES)  # stays open as long as the source is used
@@ -122,7 +125,13 @@ def open_raw(data: params.Data, raw: Path) -> Source:
     members = {info.filename: info for info in packed.infolist()}
     layout = _layout(sorted(members), [], str(data.path))
     infos = [members[name] for name, _, _ in layout]
-    classes = sorted({label for _, label, _ in layout})
+    counts = Counter(label for _, label, _ in layout)
+    if data.pictures and counts != data.pictures:
+        raise LabError(
+            f"{data.path}: Expected as many pictures of each class as data.pictures says: {_counted(data.pictures)}. "
+            f"Found: {_counted(counts)}. Drop data.pictures if these are the right ones."
+        )
+    classes = sorted(counts)
     index_of = {label: index for index, label in enumerate(classes)}
     given = any(part == "test" for _, _, part in layout)
     lock = threading.Lock()

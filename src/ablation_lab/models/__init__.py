@@ -6,47 +6,91 @@ from typing import Any
 
 from ablation_lab import cell
 from ablation_lab.backend import keras
-from ablation_lab.models import cnn, custom, mlp, resnet
-from ablation_lab.models.layers import NetworkError, apply, kernel
+from ablation_lab.models import cnn, custom, mlp, resnet, transfer
+from ablation_lab.models.layers import INPUT, RESCALE, NetworkError, apply, kernel
 
-__all__ = ["BUILDERS", "NetworkError", "build", "load"]
+__all__ = ["BUILDERS", "NetworkError", "build", "load", "output", "trained"]
 
-BUILDERS = {"cnn": cnn.hidden, "mlp": mlp.hidden, "resnet": resnet.hidden}
+BUILDERS = {"cnn": cnn.hidden, "mlp": mlp.hidden, "resnet": resnet.hidden, "transfer": transfer.hidden}
 
-RESCALE = {"unit": (1 / 255, 0.0), "symmetric": (1 / 127.5, -1.0)}
+# The layer whose output is trained, by `model.output`.
+TRAINED = {"softmax": "probabilities", "sigmoid": "probability", "logits": "logits"}
+
+# Scale and offset of 0 to 255, by `input.rescale`.
+SCALES = {"unit": (1 / 255, 0.0), "symmetric": (1 / 127.5, -1.0)}
 
 
-def build(model: dict[str, Any], rescale: str, image_shape: Sequence[int | None], classes: int) -> keras.Model:
+def build(
+    model: dict[str, Any],
+    rescale: str,
+    image_shape: Sequence[int | None],
+    classes: int,
+    backbone: keras.Model | None = None,
+) -> keras.Model:
     """Build a network that takes raw pictures and gives class probabilities.
 
     Args:
         model: the resolved `model` section of a plan (`params.Network.resolved`).
-        rescale: `unit`, `symmetric` or `none`; done by the network's first layer, so that whoever serves the model
-            can't forget it.
+        rescale: `unit`, `symmetric`, `backbone` or `none`; done by the network's first layers, so that whoever serves
+            the model can't forget it.
         image_shape: height, width, channels of the pictures, values 0 to 255. With `any_size` in `model`, height and
             width are left open.
-        classes: number of classes, the width of the softmax at the end.
+        classes: number of classes, the width of what the network gives. With a sigmoid as output, which two classes
+            can have, the second one's probability is trained and the first one's is the rest.
+        backbone: of another network that begins with the same (`transfer.backbone_of`), whose layers are shared.
 
     Raises:
         NetworkError: where a layer does not fit what it is given; the message names the layer.
     """
+    if backbone is not None:
+        inputs = backbone.inputs[0]
+        return _network(inputs, transfer.top(model, backbone.output), model, classes)
     if model.get("any_size"):
         image_shape = (None, None, image_shape[2])
-    inputs = keras.Input(image_shape, name="image")
+    inputs = keras.Input(image_shape, name=INPUT)
     x = inputs
-    if rescale in RESCALE:
-        scale, offset = RESCALE[rescale]
-        x = apply(keras.layers.Rescaling(scale, offset, name="rescale"), x)
+    if rescale in SCALES:
+        scale, offset = SCALES[rescale]
+        x = apply(keras.layers.Rescaling(scale, offset, name=RESCALE), x)
+    elif rescale == "backbone":
+        x = transfer.preprocess(model["backbone"], x)
     if ":" in model["builder"]:
         outputs = apply(custom.network(model, image_shape, classes), x)
         return keras.Model(inputs, outputs, name="custom")
-    x = BUILDERS[model["builder"]](model, x)
+    return _network(inputs, BUILDERS[model["builder"]](model, x), model, classes)
+
+
+def _network(inputs: Any, x: Any, model: dict[str, Any], classes: int) -> keras.Model:
     weights = kernel(model | {"l2": model["head_l2"]})
-    outputs = apply(keras.layers.Dense(classes, activation="softmax", name="probabilities", **weights), x)
+    match model["output"]:
+        case "sigmoid":
+            if classes != 2:
+                raise NetworkError(f"model.output: Expected softmax or logits for {classes} classes. Found: sigmoid.")
+            x = apply(keras.layers.Dense(1, activation="sigmoid", name=TRAINED["sigmoid"], **weights), x)
+            outputs = keras.ops.concatenate([1 - x, x], axis=-1)
+        case "logits":
+            x = apply(keras.layers.Dense(classes, name=TRAINED["logits"], **weights), x)
+            outputs = keras.layers.Softmax(name="probabilities")(x)
+        case _:
+            outputs = apply(keras.layers.Dense(classes, activation="softmax", name=TRAINED["softmax"], **weights), x)
     try:
-        return keras.Model(inputs, outputs, name=model["builder"])
+        network = keras.Model(inputs, outputs, name=model["builder"])
     except ValueError as error:  # two layers of one name
         raise NetworkError(f"Expected a name of its own for each block and head layer. Found: {error}") from None
+    if model["builder"] == "transfer":
+        transfer.set_trainable(network, model)
+    return network
+
+
+def output(model: dict[str, Any]) -> str:
+    """What a network's loss is given: `softmax`, `sigmoid` or `logits`. A network of the user's gives probabilities."""
+    return "softmax" if ":" in model["builder"] else model["output"]
+
+
+def trained(network: keras.Model, model: dict[str, Any]) -> keras.Model:
+    """The network up to what the loss is given, where that isn't the probabilities; the layers are shared."""
+    kind = output(model)
+    return network if kind == "softmax" else keras.Model(network.inputs, network.get_layer(TRAINED[kind]).output)
 
 
 def load(folder: Path, builder: str) -> keras.Model:

@@ -7,6 +7,9 @@ from typing import Any
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
+# Names of what every network begins with: the raw picture, and what scales it.
+INPUT, RESCALE = "image", "rescale"
+
 
 class NetworkError(LabError):
     """A network that can't be built; the message names the layer."""
@@ -17,13 +20,14 @@ def apply(layer: keras.layers.Layer, x: Any) -> Any:
     try:
         y = layer(x)
     except (ValueError, TypeError) as error:
-        raise NetworkError(_does_not_fit(layer, x, _reason(error))) from error
+        raise NetworkError(_does_not_fit(layer, x, reason(error))) from error
     if any(size is not None and size < 1 for size in y.shape[1:]):
         raise NetworkError(_does_not_fit(layer, x, f"its output would have the shape {y.shape[1:]}"))
     return y
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what Keras says, without colours."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in plain.splitlines()]
     return next((line for line in lines if line and not line.startswith("Exception encountered")), type(error).__name__)

@@ -91,7 +91,7 @@ def validation_means(results: dict[str, Any]) -> dict[str, float]:
 
 def gather(study: Params, root: Path) -> Material:
     """Read the earlier stages' results and compare the variants."""
-    networks = {name: files.read_json(root / f"plan/networks/{name}.json") for name in study.variants}
+    networks = {name: files.read_json(cell.plan_file(name, root, "networks/")) for name in study.variants}
     card = files.read_json(root / "data/processed/card.json")
     listed = files.read_json(root / "evaluation/cells.json")
     cells = {(cell["variant"], cell["seed"]): cell for cell in listed}

@@ -1,0 +1,108 @@
+"""Transfer learning: a ready-made backbone without its top, one vector of features, dense layers.
+
+The backbone is any network of `keras.applications` by its name, or SqueezeNet. Its layers stand in the network's own
+graph, not in a model inside the model, so that a network can be cut anywhere in it (`frozen.py`).
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ablation_lab.backend import keras
+from ablation_lab.models import squeezenet
+from ablation_lab.models.layers import INPUT, RESCALE, NetworkError, features, head, reason
+
+
+def hidden(model: dict[str, Any], x: Any) -> Any:
+    """All layers between the preprocessed picture and the output layer."""
+    function, _ = find(model["backbone"])
+    if x.shape[-1] != 3:
+        raise NetworkError(
+            f"model.backbone: Expected pictures in colour: set data.color: rgb. Found: shape {_times(x)}."
+        )
+    try:
+        backbone = function(include_top=False, weights=None, input_tensor=x)
+    except (ValueError, TypeError) as error:
+        raise NetworkError(
+            f"model.backbone {model['backbone']}: Expected pictures that it can work on. "
+            f"Found: shape {_times(x)}; {reason(error)}"
+        ) from error
+    return top(model, backbone.output)
+
+
+def top(model: dict[str, Any], x: Any) -> Any:
+    """The vector of features and the dense layers, on what a backbone gives."""
+    return head(model, features(model, x))
+
+
+def backbone_of(network: keras.Model) -> keras.Model:
+    """The part of a network that comes before its features, preprocessing included."""
+    return keras.Model(network.inputs, network.get_layer("features").input)
+
+
+def find(name: str) -> tuple[Callable[..., keras.Model], Callable[..., np.ndarray]]:
+    """The function that builds a backbone, and the one that prepares its pictures.
+
+    Raises:
+        NetworkError: for a name that is none of them; upper and lower case don't matter.
+    """
+    known = {
+        one.lower(): function
+        for one, function in [*vars(keras.applications).items(), ("SqueezeNet", squeezenet.SqueezeNet)]
+        if inspect.isfunction(function)
+    }
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        names = ", ".join(sorted(function.__name__ for function in known.values()))
+        hint = f"Did you mean {known[near[0]].__name__}?" if near else f"Known: {names}."
+        raise NetworkError(f"model.backbone: Expected the name of a network. Found: {name}. {hint}")
+    function = known[name.lower()]
+    return function, inspect.getmodule(function).preprocess_input  # type: ignore[union-attr]
+
+
+def preprocess(name: str, x: Any) -> Any:
+    """Raw pictures as a backbone's weights were trained: each channel scaled and shifted, for some in reverse order.
+
+    What Keras' own function does to black and to each full channel tells the scale, the shift and the order.
+    """
+    _, function = find(name)
+    if x.shape[-1] != 3:
+        return x  # `hidden` says what is wrong
+    probes = np.zeros((4, 1, 1, 3))
+    probes[[1, 2, 3], :, :, [0, 1, 2]] = 255
+    shown = np.asarray(function(probes.copy()), np.float64)[:, 0, 0]
+    matrix = np.round((shown[1:] - shown[0]) / 255, 12)  # input channel × output channel
+    if np.count_nonzero(np.diag(matrix)) < 3:
+        x = keras.ops.flip(x, axis=-1)
+        matrix = matrix[::-1]
+    scale, offset = np.diag(matrix), np.round(shown[0], 12)
+    if (scale == 1).all() and not offset.any():
+        return x  # the backbone's first layers do it
+    return keras.layers.Rescaling(scale.tolist(), offset.tolist(), name=RESCALE)(x)
+
+
+def _times(x: Any) -> str:
+    return "×".join(map(str, x.shape[1:]))
+
+
+def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
+    """Freeze the layers of a network's backbone, all but those that `model.trainable` names."""
+    layers = [layer for layer in backbone_of(network).layers if layer.name not in (INPUT, RESCALE)]
+    total = len(layers) + 1  # Keras counts the input layer, as number 0
+    wanted = model["trainable"]
+    if wanted in ("none", "all"):
+        first = total if wanted == "none" else 0
+    else:
+        key, value = next((key, value) for key, value in wanted.items() if value is not None)
+        most = total if key == "last" else total - 1
+        if value > most:
+            raise NetworkError(
+                f"model.trainable.{key}: Expected at most {most}, as {model['backbone']} has {total} layers. "
+                f"Found: {value}."
+            )
+        first = total - value if key == "last" else value
+    for number, layer in enumerate(layers, start=1):
+        layer.trainable = number >= first

@@ -1,0 +1,144 @@
+"""Files of ready-made weights: which one a network wants, where it lies, and into the network with it."""
+
+import hashlib
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, TypedDict
+
+from keras.src.utils import file_utils
+
+from ablation_lab import files
+from ablation_lab.backend import keras
+from ablation_lab.models import squeezenet, transfer
+from ablation_lab.models.layers import NetworkError, reason
+
+# The project's folder that dvc.yaml's `plan` depends on.
+FOLDER = "weights"
+
+
+class Wanted(TypedDict):
+    """A file of weights: its name, its hash as `md5:…` or `sha256:…` (None where Keras knows none), and where Keras
+    gets it (None for a file of the user's)."""
+
+    file: str
+    hash: str | None
+    url: str | None
+
+
+def wanted(model: dict[str, Any], root: Path) -> Wanted | None:
+    """The weights of a resolved `model`, by name and content; they belong to what fixes a result.
+
+    Args:
+        root: where a relative path starts.
+
+    Returns:
+        None for random weights.
+
+    Raises:
+        NetworkError: when a file of the user's isn't there.
+    """
+    if model.get("weights") is None:
+        return None
+    if model["weights"] == "imagenet":
+        return _imagenet(model["backbone"].lower())
+    places = [Path(root) / model["weights"], *_known_places(Path(model["weights"]).name)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise NetworkError(
+            f"model.weights: Expected imagenet, or a file in one of {', '.join(map(str, places))}. "
+            f"Found: no such file as {model['weights']}."
+        )
+    return {"file": path.name, "hash": digest(path, "sha256"), "url": None}
+
+
+def locate(model: dict[str, Any], weights: Wanted, root: Path) -> Path:
+    """The file with these weights.
+
+    Raises:
+        NetworkError: naming the file, its hash and where to put it, and what is wrong with the ones that are there.
+    """
+    name = weights["file"]
+    places = ([Path(root) / model["weights"]] if weights["url"] is None else []) + _known_places(name)
+    refused = []
+    for place in places:
+        if not place.is_file():
+            continue
+        found = digest(place, (weights["hash"] or "md5:").partition(":")[0])
+        if weights["hash"] in (None, found):
+            return place
+        refused.append(f"{place} with {found} ({place.stat().st_size:,} bytes)")
+    raise NetworkError(
+        f"model.weights of {model['backbone']}: Expected {name} with {weights['hash']} as one of "
+        f"{', '.join(map(str, places))}. Found: {'; '.join(refused) or 'none of them'}. Put it there; or, "
+        "where there is a network, run `dvc repro --force --single-item plan`, which downloads it."
+    )
+
+
+def load(network: keras.Model, model: dict[str, Any], path: Path) -> None:
+    """Fill the backbone of a network from a file in any of Keras' formats, also the old HDF5 ones.
+
+    Raises:
+        NetworkError: when the file holds the weights of another network.
+    """
+    try:
+        transfer.backbone_of(network).load_weights(path)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise NetworkError(
+            f"model.weights: Expected the weights of {model['backbone']} without its top. "
+            f"Found: {path}; {reason(error)}"
+        ) from error
+
+
+def lints(model: dict[str, Any]) -> list[str]:
+    """Warnings for weights that are not what most people want, or that DVC doesn't watch."""
+    name = model["weights"]
+    if name is None:
+        kept = "" if model["trainable"] == "all" else ", and its frozen layers keep them"
+        return [f"its backbone starts from random weights{kept}: `weights: imagenet` takes trained ones"]
+    if name != "imagenet" and not Path(name).as_posix().startswith(f"{FOLDER}/"):
+        return [f"its weights come from {name}: DVC notices changes of files in {FOLDER}/ only"]
+    return []
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """A file's hash as `algorithm:hexadecimal`."""
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+
+
+def keras_folder() -> Path:
+    """Where Keras keeps the weights that it has downloaded."""
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
+
+
+def _known_places(name: str) -> list[Path]:
+    near = files.mirror()
+    mirrored = [Path(near) / FOLDER / name] if near and not files.is_url(near) else []
+    return [keras_folder() / name, *mirrored, files.cache() / FOLDER / name]
+
+
+@cache
+def _imagenet(backbone: str) -> Wanted:
+    if backbone == "squeezenet":
+        return {"file": squeezenet.FILE, "hash": f"sha256:{squeezenet.SHA256}", "url": squeezenet.URL}
+    build, _ = transfer.find(backbone)
+
+    def asked(fname: str, origin: str, file_hash: str | None = None, **_: Any) -> None:
+        raise _Asked({"file": fname, "hash": file_hash and f"md5:{file_hash}", "url": origin})
+
+    # Keras has no list of its files: it names one when it is about to get it.
+    get_file, file_utils.get_file = file_utils.get_file, asked
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a picture size that isn't ours
+            build(include_top=False, weights="imagenet")
+    except _Asked as named:
+        return named.args[0]
+    finally:
+        file_utils.get_file = get_file
+    raise AssertionError(f"Keras has built {backbone} without asking for its weights")
+
+
+class _Asked(Exception):
+    """Ends the building of a network where its weights' file is named."""

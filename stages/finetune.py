@@ -1,0 +1,14 @@
+"""selection/<variant>.json + the selected variant's weights + data → cells/<variant>/seed-<n>/: a cell of phase two."""
+
+import sys
+
+from ablation_lab import errors, training
+
+
+def main(variant: str, seed: int) -> None:
+    training.run_cell(variant, seed)
+
+
+if __name__ == "__main__":
+    with errors.explained():
+        main(sys.argv[1], int(sys.argv[2]))
