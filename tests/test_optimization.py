@@ -40,6 +40,20 @@ def test_an_optimizer_that_keras_does_not_know_is_told(settings, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"beta_1": 0.5, "epsilon": 1e-3}, {"weight_decay": 0.1, "clipnorm": 0.5}])
+def test_adam_is_keras_adam(settings):
+    random = np.random.default_rng(0)
+    gradients = random.normal(size=(20, 3, 4)).astype(np.float32)
+    ours = optimization.optimizer({"name": "adam", "learning_rate": 0.1} | settings)
+    theirs = keras.optimizers.Adam(learning_rate=0.1, **settings)
+    weights = [keras.Variable(np.ones((3, 4), np.float32)) for _ in range(2)]
+    for gradient in gradients:
+        for optimizer, weight in zip((ours, theirs), weights, strict=True):
+            optimizer.apply([keras.ops.convert_to_tensor(gradient)], [weight])
+    np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(weights[0]) - 1).max() > 0.1
+
+
 def test_losses_by_name():
     assert isinstance(
         optimization.loss({"loss": "mean_squared_error", "label_smoothing": 0}), keras.losses.MeanSquaredError

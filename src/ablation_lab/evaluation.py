@@ -24,6 +24,7 @@ from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
 PARTS = ("validation", "test")
+BINARY = ("precision", "recall", "roc_auc")  # of the second of two classes
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
 # What cell.json says about the fit itself, carried over as it is.
 FROM_CELL = ("status", "cell_hash", "plan_hash", "epochs", "best_epoch", "train_accuracy", "train_loss")
@@ -162,7 +163,7 @@ def _history(path: Path, variant: str, seed: int) -> list[list]:
 
 def _row(scored: dict[str, Any], binary: bool) -> dict[str, Any]:
     row = {key: scored[key] for key in ("variant", "seed", "status", "epochs", "best_epoch", "train_accuracy")}
-    keys = ("accuracy", "loss", "macro_f1", *(("precision", "recall", "roc_auc") if binary else ()))
+    keys = ("accuracy", "loss", "macro_f1", *(BINARY if binary else ()))
     for part in PARTS:
         scores = scored[part] or {}
         row |= {f"{part}_{key}": scores.get(key) for key in keys}
@@ -174,9 +175,11 @@ def _means(rows: list[dict[str, Any]], parts: tuple[str, ...]) -> dict[str, floa
     keys = {"validation_accuracy": "validation_accuracy"}
     if "test" in parts:
         keys |= {"test_accuracy": "test_accuracy", "test_loss": "test_loss", "macro_f1": "test_macro_f1"}
+        keys |= {key: f"test_{key}" for key in BINARY if f"test_{key}" in rows[0]}
     diverged = any(row["status"] == "diverged" for row in rows)
     means: dict[str, float | None] = {
-        name: None if diverged else float(np.mean([row[column] for row in rows])) for name, column in keys.items()
+        name: None if diverged or None in (values := [row[column] for row in rows]) else float(np.mean(values))
+        for name, column in keys.items()
     }
     if "test" in parts:
         accuracies = [row["test_accuracy"] for row in rows]

@@ -16,6 +16,7 @@ from ablation_lab.backend import keras
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
 from ablation_lab.models import custom, transfer, weights
+from ablation_lab.models.layers import INPUT, RESCALE
 from ablation_lab.params import Params, Variant
 
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
@@ -118,7 +119,8 @@ class _Describer:
         selected: tuple[Variant, Facts] | None,
     ) -> Facts:
         placed = _flat(network)
-        layers = [_layer(one) for one in placed]
+        ready = _ready_made(network, variant)
+        layers = [_layer(one) | ({"of": ready[one.name]} if one.name in ready else {}) for one in placed]
         prefix = _frozen(network, variant, self.pictures)
         fixed = settings(variant, self.root, prefix, selected[1] if selected else None)
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
@@ -147,6 +149,14 @@ class _Describer:
             "frozen": prefix,
             "start": fixed.get("start"),
         }
+
+
+def _ready_made(network: keras.Model, variant: Variant) -> dict[str, str]:
+    """The layers of a ready-made backbone by name: whose they are, and whether they are trained."""
+    if not isinstance(variant.model, params.Transfer):
+        return {}
+    layers = [layer for layer in transfer.backbone_of(network).layers if layer.name not in (INPUT, RESCALE)]
+    return {one.name: f"{variant.model.backbone}, {'trained' if one.trainable else 'frozen'}" for one in layers}
 
 
 def _shapes(network: keras.Model) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,9 @@ from ablation_lab import cell, files, params, selection, tracking
 
 # A run's final metrics, and their columns in evaluation/cells.csv.
 FINAL = {name: name for name in ("train_accuracy", "best_epoch", "validation_accuracy", "test_accuracy", "test_loss")}
-FINAL |= {"macro_f1": "test_macro_f1"}
+FINAL |= {
+    key: f"test_{key}" for key in ("macro_f1", "precision", "recall", "roc_auc")
+}  # the last three for two classes
 
 
 def sync(root: Path = Path()) -> dict[str, str]:
@@ -29,6 +31,6 @@ def sync(root: Path = Path()) -> dict[str, str]:
         plan = files.read_json(cell.plan_file(name, root))
         identity = tracking.Identity(study.study.name, name, seed, result["cell_hash"], plan)
         row = scores[name, seed]
-        final = {key: float(row[column]) for key, column in FINAL.items() if row[column]}
+        final = {key: float(row[column]) for key, column in FINAL.items() if row.get(column)}
         receipt[identity.name] = tracking.sync(identity, cell.history(folder), final)
     return receipt

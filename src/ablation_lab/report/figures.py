@@ -283,6 +283,30 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
     return figure, "Confusion matrices", alt, caption
 
 
+def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str]:
+    """ROC curves of two classes, the seeds of a variant averaged at equal rates of false positives."""
+    title, names = "ROC curves", material.card["classes"]
+    if not material.roc:
+        return None, title, "", ""
+    labels = {name: _wrap(name, 26) for name in material.roc}
+    figure = Figure(figsize=(WIDTH, 5.2 + 0.24 * -(-len(labels) // 2)), layout="constrained")
+    axes = figure.subplots()
+    rates = np.linspace(0, 1, 201)
+    for name, seeds in material.roc.items():
+        mean = np.mean([np.interp(rates, *curve) for curve in seeds], axis=0)
+        looks = _looks(study, name) | {"marker": ""}
+        axes.plot([0, *rates], [0, *mean], label=labels[name], **looks)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+    axes.set_aspect("equal")
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_xlabel(f"{drawing.short(names[0], 20)} taken for {drawing.short(names[1], 20)}")
+    axes.set_ylabel(f"{drawing.short(names[1], 20)} found")
+    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, fontsize=10)
+    caption = "Both rates as the threshold moves, the test part, means over seeds. Dotted: guessing."
+    return figure, title, f"ROC curves of {len(labels)} variants; the areas under them are in the table above.", caption
+
+
 def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """How much better the kept network is on the pictures that it was trained with."""
     figure, axes = _rows(study.variants)
@@ -422,7 +446,7 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
 
 
 # What every report shows; `draw` adds figures of single variants.
-OVERVIEW = (accuracy, difference, curves, train_validation, gap, confusions, probabilities, samples, histogram)
+OVERVIEW = (accuracy, difference, roc, curves, train_validation, gap, confusions, probabilities, samples, histogram)
 # While the test part is sealed.
 UNSCORED = (accuracy, curves, train_validation, gap, samples, histogram)
 

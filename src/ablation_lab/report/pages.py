@@ -64,11 +64,12 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "notes": [part for part in re.split(r"\n\s*\n", study.study.notes or "") if part.strip()],
         "facts": _facts(study, material),
         "sealed": SEALED if material.shown is None else None,
-        "headline": _headline(study, results, text),
+        "headline": _headline(study, results, text) + _selected(material, text),
         "findings": [] if material.shown is None else _findings(study, results, text),
         "limits": _limits(study, material, text),
         "lints": [(name, lint) for name, network in material.networks.items() for lint in network["lints"]],
         "variants": _variants(study, material, text),
+        "selection": _selection(material, text),
         "steps": _steps(study, material, text),
         "reported": _reported(study, material, text),
         "binary": _binary(study, material, text),
@@ -244,6 +245,33 @@ def _first_on_validation(results: dict[str, Any], text: _Format) -> list[str]:
     best = max(means, key=lambda name: means[name])
     first = f"{best} reaches a validation accuracy of {text.percent(means[best])}"
     return [first + (f", the highest of {len(results['variants'])} variants." if len(results["variants"]) > 1 else ".")]
+
+
+def _selected(material: Material, text: _Format) -> list[str]:
+    """What became of the first phase, where there is a second."""
+    choice = material.choice
+    if choice is None:
+        return []
+    accuracy = text.percent(choice["candidates"][choice["variant"]]["validation_accuracy"])
+    return [
+        f"Of phase one, {choice['variant']} was selected for phase two: its validation accuracy of {accuracy} is the "
+        f"highest of {_count(len(choice['candidates']), 'candidate')}."
+    ]
+
+
+def _selection(material: Material, text: _Format) -> Table | None:
+    """By what the second phase's start was chosen."""
+    if material.choice is None:
+        return None
+    rows = []
+    for name, means in material.choice["candidates"].items():
+        loss = means["validation_loss"]
+        chosen = "selected" if name == material.choice["variant"] else NONE
+        accuracy = text.percent(means["validation_accuracy"]) if loss is not None else "diverged"
+        rows.append([name, accuracy, NONE if loss is None else f"{loss:.3f}", chosen])
+    columns = {"Candidate": "l", "Validation": "r", "Validation loss": "r", "Phase two": "l"}
+    note = "Means over seeds, on the validation part alone; of equal accuracies the lower loss is taken."
+    return Table("Selection for phase two", columns, rows, note)
 
 
 def _findings(study: Params, results: dict[str, Any], text: _Format) -> list[dict[str, str]]:

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
+from sklearn.metrics import roc_curve
 
-from ablation_lab import cell, evaluation, files, statistics
+from ablation_lab import cell, evaluation, files, selection, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
 LARGEST = 96  # pixels of a shown picture's longer side
 PAIRS, EXAMPLES = 3, 5  # pairs of confused classes that are shown for a variant, and pictures of each
-BINARY = ("precision", "recall", "roc_auc")
+NOTHING = {"parameters": 0, "macs": 0}
+BINARY = evaluation.BINARY
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Material:
         pictures: sample pictures (uint8) with their class numbers.
         mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
         shown: a few test pictures with the probabilities that each variant gave them; None while they are sealed.
+        choice: selection/choice.json; None in a study of one phase.
+        roc: of a problem with two classes, by variant the points of each seed's ROC curve on the test part: rates of
+            false and of true positives, (2, thresholds).
     """
 
     results: dict[str, Any]
@@ -66,6 +71,8 @@ class Material:
     pictures: list[tuple[np.ndarray, int]]
     mistakes: dict[str, list[Pair]]
     shown: Shown | None
+    choice: dict[str, Any] | None
+    roc: dict[str, list[np.ndarray]]
 
     def confusion(self, variant: str) -> np.ndarray | None:
         """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
@@ -91,7 +98,7 @@ def validation_means(results: dict[str, Any]) -> dict[str, float]:
 
 def gather(study: Params, root: Path) -> Material:
     """Read the earlier stages' results and compare the variants."""
-    networks = {name: files.read_json(cell.plan_file(name, root, "networks/")) for name in study.variants}
+    networks = {name: folded(files.read_json(cell.plan_file(name, root, "networks/"))) for name in study.variants}
     card = files.read_json(root / "data/processed/card.json")
     listed = files.read_json(root / "evaluation/cells.json")
     cells = {(cell["variant"], cell["seed"]): cell for cell in listed}
@@ -158,7 +165,29 @@ def gather(study: Params, root: Path) -> Material:
         _pictures(images, labels, parts["train"], card),
         {name: _mistakes(study, name, cells, images, parts["test"], root) for name in study.variants},
         _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
+        files.read_json(root / cell.SELECTION / selection.CHOICE) if study.second else None,
+        _roc(study, cells, root) if len(card["classes"]) == 2 else {},
     )
+
+
+def folded(network: dict[str, Any]) -> dict[str, Any]:
+    """A plan's network with the layers of a ready-made backbone as one, or as two where some of them are trained."""
+    layers: list[dict[str, Any]] = []
+    renamed: dict[str, str] = {}
+    for layer in network["layers"]:
+        whose = layer.get("of")
+        feeding = list(dict.fromkeys(renamed.get(one, one) for one in layer["inputs"]))
+        if whose is None:
+            layers.append(layer | {"inputs": feeding})
+            continue
+        renamed[layer["name"]] = whose
+        if not layers or layers[-1]["name"] != whose:
+            layers.append({"name": whose, "type": "0 layers", "detail": "", "inputs": feeding} | NOTHING)
+        one = layers[-1]
+        count = int(one["type"].split()[0]) + 1
+        one |= {"type": f"{count} layer{'' if count == 1 else 's'}", "output_shape": layer["output_shape"]}
+        one |= {key: one[key] + layer[key] for key in NOTHING}
+    return network | {"layers": layers}
 
 
 def _tests(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -215,6 +244,16 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
         positions, before[name] = untrained["positions"], untrained["probabilities"]
         labels, after[name] = predictions["test_labels"][positions], predictions["test_probabilities"][positions]
     return Shown([_thumbnail(images[test[i]]) for i in positions], labels, before, after)
+
+
+def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
+    found: dict[str, list[np.ndarray]] = {}
+    for name, seed in study.cells:
+        if (cells[name, seed]["test"] or {}).get("roc_auc") is not None:
+            file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
+            curve = roc_curve(file["test_labels"], file["test_probabilities"][:, 1], drop_intermediate=False)
+            found.setdefault(name, []).append(np.array(curve[:2]))
+    return found
 
 
 def _thumbnail(picture: np.ndarray) -> np.ndarray:

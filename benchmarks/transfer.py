@@ -1,0 +1,209 @@
+"""What does it save that frozen layers are computed once?
+
+    python benchmarks/transfer.py        # an hour or more of two cores, nothing else running; needs no network
+
+The head search of five heads on DenseNet201 and the fine-tuning of the last 10, 20, 30 and 50 layers of ResNet152, each
+20 epochs long, twice: as Keras' `fit` on the whole network, one after the other in one process, and as this pipeline,
+`dvc repro` from the pictures to the report, with everything that it does around a training. Both take the same 800
+pictures (560 to train with, 160 to validate), the same random weights, the same order of pictures and two threads.
+
+Printed are the seconds, their ratio, and how far the predictions for the validation part are apart: those that the
+pipeline has made from features and those of the network that it has saved, on raw pictures; and those of both ways of
+training, whose last bits differ in every step.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCHS, BATCH, THREADS = 20, 32, 2
+# Learning rates so small that trainings that differ in the last bits stay side by side.
+HEADS: dict[str, Any] = {
+    "model": {"backbone": "DenseNet201", "output": "sigmoid", "head_from": "flatten"},
+    "train": {"optimizer": {"name": "adam", "learning_rate": 0.00001}, "loss": "binary_crossentropy"},
+    "variants": {
+        "dense256": {"dense1": {"units": 256, "activation": "linear"}},
+        "dense1024_256": {"dense1": {"units": 1024, "activation": "linear"}, "dense2": {"units": 256}},
+        "dense512_128": {
+            "dense1": {"units": 512, "activation": "linear"},
+            "dense2": {"units": 128, "activation": "sigmoid"},
+        },
+        "dense512": {"dense1": {"units": 512, "activation": "linear"}},
+        "dense256_norm": {"dense1": {"units": 256, "activation": "linear", "normalization": "batch"}},
+    },
+}
+DEPTHS: dict[str, Any] = {
+    "model": {
+        "backbone": "ResNet152",
+        "output": "logits",
+        "head_from": "flatten",
+        "head": {"dense1": {"units": 256}},
+    },
+    "train": {"optimizer": {"name": "sgd", "learning_rate": 0.00001}, "loss": "categorical_crossentropy"},
+    "variants": {f"last{depth}": {"last": depth} for depth in (10, 20, 30, 50)},
+}
+
+
+def study(part: str, weights: str) -> dict[str, Any]:
+    """The params.yaml of a half of the benchmark."""
+    made = HEADS if part == "heads" else DEPTHS
+    key = "head" if part == "heads" else "trainable"
+    base, *others = made["variants"]
+    model = {"builder": "transfer", "weights": weights} | made["model"] | {key: made["variants"][base]}
+    return {
+        "study": {"name": f"benchmark_{part}", "baseline": base},
+        "data": {
+            "dataset": "image_folder",
+            "path": "pictures",
+            "image_size": [128, 128],
+            "split": {"validation": 0.2, "test": 0.1, "seed": 0},
+        },
+        "model": model,
+        "train": {"epochs": EPOCHS, "batch_size": BATCH, "keep": "last", "threads": THREADS} | made["train"],
+        "seeds": [0],
+        "variants": {base: {}} | {name: {"model": {key: made["variants"][name]}} for name in others},
+    }
+
+
+def project(folder: Path, part: str) -> None:
+    """A project of its own with the study, its pictures and the backbone's random weights."""
+    for name in ("dvc.yaml", "stages", "src", "networks", ".dvcignore"):
+        source = ROOT / name
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(
+            source, folder / name
+        )
+    random = np.random.default_rng(0)
+    for label, count in (("indoor", 500), ("outdoor", 300)):
+        (folder / "pictures" / label).mkdir(parents=True)
+        for number in range(count):
+            coarse = random.integers(0, 256, (9, 9, 3), np.uint8)
+            Image.fromarray(coarse).resize((200, 200)).save(folder / f"pictures/{label}/{number}.jpg")
+    (folder / "weights").mkdir()
+    made = study(part, "weights/random.weights.h5")
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(made, file)
+    script = "import keras, sys; keras.utils.set_random_seed(0); getattr(keras.applications, sys.argv[1])"
+    script += "(include_top=False, weights=None, input_shape=(128, 128, 3)).save_weights(sys.argv[2])"
+    call(folder, sys.executable, "-c", script, made["model"]["backbone"], "weights/random.weights.h5")
+    call(folder, sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet")
+
+
+def call(folder: Path, *command: str) -> float:
+    """Run a command there, its output in log.txt; the seconds that it took."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
+    clean |= {"PYTHONPATH": str(folder / "src"), "DVC_NO_ANALYTICS": "1", "KERAS_BACKEND": "tensorflow"}
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    started = time.perf_counter()
+    with (folder / "log.txt").open("a") as log:
+        subprocess.run(command, cwd=folder, env=clean, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return time.perf_counter() - started
+
+
+def plain(folder: Path) -> None:
+    """What a notebook does, called in a process of its own: `fit` on the whole network, one training after the other.
+
+    Writes predictions of the validation part to plain/<variant>.npy and the seconds from the first network on to
+    plain/seconds.json, without the imports.
+    """
+    from ablation_lab import frozen, models, optimization, params, pipeline
+    from ablation_lab.backend import keras, tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    made = params.load(folder / "params.yaml")
+    arrays = pipeline.open_arrays(folder / "data/processed", ["indoor", "outdoor"])
+    (folder / "plain").mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for name, variant in made.variants.items():
+        plan = variant.resolved()
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        network = models.build(plan["model"], "backbone", (128, 128, 3), 2)
+        keras.Model(network.inputs, network.get_layer("features").input).load_weights(
+            folder / made.baseline.model.weights
+        )
+        trained, output = models.trained(network, plan["model"]), models.output(plan["model"])
+        form = optimization.label_form(plan["train"], output)
+        trained.compile(
+            optimization.optimizer(plan["train"]["optimizer"]),
+            optimization.loss(plan["train"], output),
+            metrics=["accuracy"],
+            jit_compile=False,  # faster here, and what the pipeline does
+        )
+        shuffled = pipeline.Shuffled(arrays.train, BATCH, None, 0)
+        trained.fit(
+            pipeline.training_batches(arrays, shuffled, 0, EPOCHS, form),
+            epochs=EPOCHS,
+            steps_per_epoch=shuffled.steps,
+            validation_data=pipeline.ordered_batches(arrays, arrays.validation, frozen.BATCH, form),
+            verbose=0,
+        )
+        images = arrays.inputs[0][arrays.validation].astype(np.float32)
+        np.save(folder / f"plain/{name}.npy", network.predict(images, verbose=0))
+        print(f"{name}: {time.perf_counter() - started:.0f} s since the start", flush=True)
+    (folder / "plain/seconds.json").write_text(json.dumps(time.perf_counter() - started))
+
+
+def saved_predictions(folder: Path) -> None:
+    """What the networks that the pipeline has saved make of the raw validation pictures, to saved/<variant>.npy."""
+    from ablation_lab import models, params, pipeline
+
+    arrays = pipeline.open_arrays(folder / "data/processed", ["indoor", "outdoor"])
+    images = arrays.inputs[0][arrays.validation].astype(np.float32)
+    (folder / "saved").mkdir(exist_ok=True)
+    for name in params.load(folder / "params.yaml").variants:
+        network = models.load(folder / f"cells/{name}/seed-0", "transfer")
+        np.save(folder / f"saved/{name}.npy", network.predict(images, verbose=0))
+
+
+def measure(part: str, folder: Path) -> dict[str, Any]:
+    """Both ways, and what they say."""
+    project(folder, part)
+    ours = call(folder, sys.executable, "-m", "dvc", "repro")
+    call(folder, sys.executable, str(Path(__file__).resolve()), "--plain", str(folder))
+    call(folder, sys.executable, str(Path(__file__).resolve()), "--saved", str(folder))
+    theirs = json.loads((folder / "plain/seconds.json").read_text())
+    apart = {"saved": 0.0, "plain": 0.0}
+    for path in sorted((folder / "plain").glob("*.npy")):
+        with np.load(folder / f"cells/{path.stem}/seed-0/predictions.npz") as file:
+            made = file["validation_probabilities"]
+        for way in apart:
+            apart[way] = max(apart[way], float(np.abs(np.load(folder / way / path.name) - made).max()))
+    return {"part": part, "plain": theirs, "pipeline": ours, "ratio": ours / theirs, "apart": apart}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["heads", "finetuning"], help="heads, finetuning or both")
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.plain:
+        return plain(asked.plain)
+    if asked.saved:
+        return saved_predictions(asked.saved)
+    for part in asked.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(part, Path(folder))
+        print(
+            f"{part}: Keras fit on the whole network {found['plain']:.0f} s, the pipeline {found['pipeline']:.0f} s, "
+            f"ratio {found['ratio']:.3f}; predictions apart: {found['apart']['saved']:.1e} from the saved network's, "
+            f"{found['apart']['plain']:.1e} from those of fit",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
