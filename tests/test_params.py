@@ -197,3 +197,68 @@ def test_differences_are_in_the_users_terms():
         {"path": "model.blocks.block2", "baseline": None, "variant": {"filters": 8}},
     ]
     assert params.differences(loaded.baseline, loaded.baseline) == []
+
+
+TWO_PHASES = {
+    "model": {"builder": "transfer", "backbone": "SqueezeNet", "head": {"dense1": {"units": 4}}},
+    "variants": {"baseline": {}, "wide": {"model": {"head": {"dense1": {"units": 8}}}}},
+    "finetune": {
+        "select": {"among": ["wide"]},
+        "variants": {"deep": {"note": "x", "model": {"trainable": {"last": 3}}, "train": {"epochs": 1}}},
+    },
+}
+
+
+def test_the_second_phase_is_a_patch_of_what_may_be_selected():
+    study = params.validate(copy.deepcopy(TINY) | TWO_PHASES | {"input": {}})
+    assert study.second_names == ["deep"] and list(study.second) == ["wide"]
+    deep = study.second["wide"]["deep"].resolved()
+    assert deep["model"]["head"][0]["units"] == 8 and deep["train"]["epochs"] == 1
+    assert deep["model"]["trainable"] == {"last": 3, "from_layer": None}
+    assert study.second["wide"]["deep"].compared_with == "wide"
+    assert list(study.variants) == ["baseline", "wide"]
+    assert list(study.with_second("wide").variants) == ["baseline", "wide", "deep"]
+    assert study.baseline.input.rescale == "backbone"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("finetune", "variants"),
+            {"Wide": {"train": {"epochs": 1}}},
+            "finetune.variants.Wide: Expected names that differ",
+        ),
+        (
+            ("finetune", "variants"),
+            {"wide": {"train": {"epochs": 1}}},
+            "finetune.variants.wide: Expected names that occur",
+        ),
+        (("finetune", "variants"), {"same": {}}, "finetune.variants.same: Expected a change of input, model or train."),
+        (
+            ("finetune", "select"),
+            {"among": ["wid"]},
+            "finetune.select.among: Expected some of the variants: baseline, wide",
+        ),
+        (("finetune", "select"), {"among": []}, "finetune.select.among: Expected one variant at least"),
+        (("finetune", "select"), {"by": "test_accuracy"}, "finetune.select.by: Expected 'validation_accuracy'"),
+        (("model", "trainable"), {"last": 3, "from_layer": 2}, "model.trainable: Expected one of last and from_layer"),
+        (("model", "trainable"), {"lst": 3}, "model.trainable.lst: Expected one of the keys last, from_layer."),
+        (("model", "trainable"), "some", "model.trainable: Expected 'none' or 'all'"),
+        (("model", "output"), "sigmoid", "train.loss: Expected a loss of one probability, such as binary_crossentropy"),
+        (("train", "class_weights"), {"a": 0}, "train.class_weights.a: Expected a value greater than 0"),
+        (("train", "class_weights"), "balance", "train.class_weights: Expected 'balanced'"),
+        (("data", "pictures"), {"a": 3, "b": 4}, "data.pictures: Expected nothing, since only an image_folder"),
+    ],
+)
+def test_mistakes_of_a_transfer_study_are_told(path, value, message):
+    study = copy.deepcopy(TINY | TWO_PHASES)
+    study[path[0]][path[1]] = value
+    with pytest.raises(LabError) as caught:
+        params.validate(study)
+    assert message in str(caught.value)
+
+
+def test_a_backbones_preprocessing_needs_a_backbone():
+    with pytest.raises(LabError, match=r"input.rescale: Expected unit, symmetric or none, as there is no backbone"):
+        params.validate(changed("input", "rescale", to="backbone"))
