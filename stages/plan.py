@@ -10,15 +10,15 @@ def main() -> None:
     study = params.load()
     backend.use_cpu_only()
     card = files.read_json(Path("data/processed/card.json"))
+    plan.check_names(study, card["classes"])
     plan.fetch_weights(study)
     image_shape, classes, pictures = tuple(card["image_shape"]), len(card["classes"]), sum(card["counts"].values())
     described, second = plan.describe_both(study, image_shape, classes, pictures=pictures)
     plan.write(study, described, second=second)
     for name, facts in described.items():
         print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} multiply-accumulates")
-    for facts in [described, *second.values()]:
-        for lint in dict.fromkeys(lint for one in facts.values() for lint in one["lints"]):
-            print(f"warning: {lint}", file=sys.stderr)
+    for warning in plan.warnings(item for facts in [described, *second.values()] for item in facts.items()):
+        print(warning, file=sys.stderr)
 
 
 if __name__ == "__main__":

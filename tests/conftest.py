@@ -16,6 +16,7 @@ CODE = (
     "stages",
     "src",
     "networks",
+    "weights/README.md",
     "studies",
     ".dvc/config",
     ".dvc/.gitignore",

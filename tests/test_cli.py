@@ -42,7 +42,7 @@ def test_use_switches_and_refuses_to_drop_edits(folder: Path):
 
     unknown = run(folder, "ablab", "use", "quickstrat")
     assert unknown.returncode == 1
-    assert "fashion_resnet, quickstart, or a study's file. Found: quickstrat." in unknown.stderr
+    assert "scenes_squeezenet, or a study's file. Found: quickstrat." in unknown.stderr
     write_params(folder, TINY)
 
 

@@ -9,6 +9,7 @@ from filelock import FileLock
 import one_thread  # noqa: F401  isort: skip
 from ablation_lab import backend, frozen, models, params
 from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), np.uint8)
 
@@ -204,6 +205,18 @@ def test_a_broken_computation_leaves_nothing(root, monkeypatch):
             features(prefix())
     assert not [path for path in (root / frozen.FOLDER).iterdir() if path.is_dir()]
     assert len(features(prefix())[0]) == 70
+
+
+def test_a_disk_that_is_too_small_is_told(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(LabError, match=r"Expected .* GB of free disk for features"):
+        features(prefix())
+
+
+def test_a_limit_that_is_no_number_is_told(monkeypatch):
+    monkeypatch.setenv("ABLAB_FEATURES_GB", "20GB")
+    with pytest.raises(LabError, match=r"ABLAB_FEATURES_GB: Expected a number, such as 20. Found: 20GB"):
+        frozen.limit()
 
 
 def test_the_last_pictures_are_computed_like_the_first():

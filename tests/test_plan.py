@@ -27,7 +27,7 @@ PUBLISHED = {
     "fashion_vgg16": {"no_dense": 14_714_688 + 512 * 10 + 10},
     "scenes_densenet201": {"dense256": 18_321_984 + 30_720 * 256 + 256 + 256 + 1},
     "scenes_resnet152": {"dense256": 58_370_944 + 32_768 * 256 + 256 + 256 * 2 + 2},
-    "scenes_squeezenet": {"no_dense": 722_496 + 512 + 1},
+    "scenes_squeezenet": {"no_dense": 722_496 + 512 * 2 + 2},
 }
 
 
@@ -45,7 +45,8 @@ def describe(study: params.Params) -> dict:
 def test_a_ready_made_study_can_be_planned_without_its_data(path, tmp_path):
     study = params.load(path)
     image_shape, classes, training, pictures, digest = plan.pictures(study, tmp_path)
-    described = plan.describe(study, image_shape, classes, tmp_path, pictures)
+    plan.check_names(study, classes)
+    described = plan.describe(study, image_shape, len(classes), tmp_path, pictures)
     assert digest is None and pictures > training > 0
     assert list(described) == list(study.variants)
     assert not [lint for facts in described.values() for lint in facts["lints"]]
@@ -106,7 +107,7 @@ def test_a_plan_is_not_made_from_the_card_of_other_data(tmp_path):
     card = {"image_shape": [8, 8, 1], "classes": ["a", "b"], "counts": {"train": 7, "test": 2}, "digest": "d"}
     (processed / "card.json").write_text(json.dumps(card))
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump()))
-    assert plan.pictures(study, tmp_path) == ((8, 8, 1), 2, 7, 9, "d")
+    assert plan.pictures(study, tmp_path) == ((8, 8, 1), ["a", "b"], 7, 9, "d")
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump(exclude={"unreadable"})))
     assert plan.pictures(study, tmp_path)[4] == "d"  # made before there was this setting
     (processed / "settings.json").write_text(json.dumps(study.data.model_dump() | {"limit": 13}))
@@ -128,6 +129,29 @@ def test_variants_that_are_the_same_training_are_told():
     assert described["renamed"]["lints"] == ["renamed is the same network as no_dropout, trained the same way"]
     assert described["longer"]["lints"] == []
     assert described["here"]["plan_hash"] == described["no_dropout"]["plan_hash"]
+
+
+def test_weights_make_another_training():
+    made = copy.deepcopy(TINY)
+    made |= {
+        "input": {},
+        "model": {"builder": "transfer", "backbone": "SqueezeNet", "weights": "imagenet"},
+        "variants": {"baseline": {}, "random": {"model": {"weights": None}}},
+    }
+    described = plan.describe(params.validate(made), (32, 32, 3), 10)
+    assert not [lint for facts in described.values() for lint in facts["lints"] if "the same network" in lint]
+    assert described["baseline"]["plan_hash"] != described["random"]["plan_hash"]
+
+
+def test_names_of_classes_are_checked_before_anything_is_trained():
+    study = study_with(weighted={"train": {"class_weights": {"dgit": 2.0}}})
+    with pytest.raises(LabError, match=r"weighted: train.class_weights: Expected names of classes. Found: dgit"):
+        plan.check_names(study, ["digit", "letter"])
+
+
+def test_a_loss_that_judges_each_class_alone_is_told():
+    described = describe(study_with(binary={"train": {"loss": "binary_crossentropy"}}))
+    assert "to softmax and logits belongs categorical_crossentropy" in described["binary"]["lints"][0]
 
 
 def test_the_plan_holds_what_fixes_a_result_and_nothing_else(tmp_path):
@@ -157,8 +181,9 @@ def test_cells_that_left_the_study_are_removed(tmp_path):
 def test_reasons_and_minutes(tmp_path):
     study = study_with()
     described = describe(study)
-    (tmp_path / "dvc.yaml").write_text("stages: {train: {deps: [code.py]}}")
-    (tmp_path / "code.py").write_text("1")
+    (tmp_path / "dvc.yaml").write_text("stages: {train: {deps: [src/code.py]}}")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/code.py").write_text("1")
     facts = described["baseline"]
     hashes = {"plan_hash": facts["plan_hash"], "data_digest": "d"}
     hashes["cell_hash"] = cell.cell_hash(facts["plan_hash"], 0, "d", cell.training_code(tmp_path))
@@ -174,7 +199,7 @@ def test_reasons_and_minutes(tmp_path):
     assert reason() is None
     assert reason(plan_hash="other") == "its settings changed"
     assert reason(digest="other") == "the data changed"
-    (tmp_path / "code.py").write_text("2")
+    (tmp_path / "src/code.py").write_text("2")
     assert reason() == "the training code changed"
     minutes = plan.minutes(study.variants, described, study.seeds, 1000, tmp_path)
     assert minutes["baseline"] == pytest.approx(20, abs=1)  # two epochs of ten minutes, as measured

@@ -105,11 +105,11 @@ def entries(project: Path) -> dict[str, int]:
 
 
 def selected(project: Path) -> str:
-    return json.loads((project / "selection/choice.json").read_text())["variant"]
+    return json.loads((project / "selection/start/choice.json").read_text())["variant"]
 
 
 def test_the_best_on_validation_goes_on(project: Path):
-    choice = json.loads((project / "selection/choice.json").read_text())
+    choice = json.loads((project / "selection/start/choice.json").read_text())
     results = json.loads((project / "reports/results.json").read_text())["variants"]
     assert list(results) == ["small", "none", "flipped", "deeper"]
     for name, means in choice["candidates"].items():
@@ -216,8 +216,8 @@ def test_other_weights_another_size_or_backbone_concern_all_cells(project: Path,
 def test_augmentation_falls_back_to_the_whole_network_and_the_plan_says_so(project: Path):
     told = passed(run(project, "ablab", "plan"))
     assert "frozen layers are computed anew for each epoch, as it augments its input" in told
-    assert not json.loads((project / "plan/flipped.json").read_text())["features"]
-    assert json.loads((project / "plan/small.json").read_text())["features"]
+    assert not json.loads((project / "plan/flipped.json").read_text())["frozen_once"]
+    assert json.loads((project / "plan/small.json").read_text())["frozen_once"]
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_augmentation_falls_back_to_the_whole_network_and_the_plan_says_so(proje
 )
 def test_mistakes_are_told_and_results_stay(project: Path, study: dict, change, message):
     write_params(project, study | change)
-    before = (project / "selection/choice.json").read_bytes()
+    before = (project / "selection/start/choice.json").read_bytes()
     failed = run(project, "dvc", "repro")
     assert failed.returncode != 0
     assert message in failed.stderr and "Traceback" not in failed.stderr
-    assert (project / "selection/choice.json").read_bytes() == before
+    assert (project / "selection/start/choice.json").read_bytes() == before

@@ -76,9 +76,10 @@ def start_file(seed: int, root: Path = Path()) -> Path:
 
 
 def training_code(root: Path = Path()) -> dict[str, str]:
-    """The source files that the `train` stage depends on, as dvc.yaml lists them, each with its sha256."""
+    """The library's files that the `train` stage depends on, as dvc.yaml lists them, each with its sha256; those of
+    `finetune` are the same."""
     pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
-    paths = sorted(path for path in pipeline["stages"]["train"]["deps"] if path.endswith(".py"))
+    paths = sorted(path for path in pipeline["stages"]["train"]["deps"] if path.startswith("src/"))
     return {path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in paths}
 
 

@@ -45,7 +45,9 @@ def studies() -> None:
     rows = []
     for path in sorted((_project() / "studies").glob("*.yaml")):
         study = params.load(path)
-        rows.append([path.stem, study.study.title, study.data.dataset, len(study.variants), len(study.cells)])
+        variants = [*study.variants, *study.second_names]
+        cells = len(variants) * len(study.seeds)
+        rows.append([path.stem, study.study.title, study.data.dataset, len(variants), cells])
     print(tabulate(rows, headers=["study", "title", "data", "variants", "cells"]))
     print("\nMake one current with `ablab use STUDY`, then run `dvc repro`.")
 
@@ -92,7 +94,8 @@ def plan(
     study = params.load(file or root / "params.yaml")
     backend.use_cpu_only()
     image_shape, classes, training, pictures, data_digest = planning.pictures(study, root)
-    described, second = planning.describe_both(study, image_shape, classes, root, pictures)
+    planning.check_names(study, classes)
+    described, second = planning.describe_both(study, image_shape, len(classes), root, pictures)
     if as_json:
         print(json.dumps(planning.as_json(study, described, second), indent=1, ensure_ascii=False))
         return

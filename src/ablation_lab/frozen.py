@@ -1,8 +1,8 @@
 """Frozen work is done once: the prefix of a network that no training changes is computed once for all pictures.
 
 What it gives, the features, is kept in `features/` below the project's root, by content: the same prefix, weights,
-pictures and way of computing are the same entry, whichever variant, seed or process asks. The folder may be deleted at
-any time. It is bounded by `ABLAB_FEATURES_GB` (20): what hasn't been used for longest goes first.
+pictures and way of computing are the same entry, whichever variant, seed or process asks. The folder may be deleted
+whenever nothing trains. It is bounded by `ABLAB_FEATURES_GB` (20): what hasn't been used for longest goes first.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ablation_lab import files
 from ablation_lab.backend import compile_with_xla, keras, tf
+from ablation_lab.errors import LabError
 
 FOLDER = "features"
 BATCH = 64  # fixed: the last bits of a feature may depend on it
@@ -26,8 +27,16 @@ ENTRY = "entry.json"
 
 
 def limit() -> int:
-    """The most bytes that the cache may hold."""
-    return int(float(os.environ.get("ABLAB_FEATURES_GB") or 20) * 1e9)
+    """The most bytes that the cache may hold.
+
+    Raises:
+        LabError: when `ABLAB_FEATURES_GB` is no number.
+    """
+    given = os.environ.get("ABLAB_FEATURES_GB") or "20"
+    try:
+        return int(float(given) * 1e9)
+    except (ValueError, OverflowError):
+        raise LabError(f"ABLAB_FEATURES_GB: Expected a number, such as 20. Found: {given}.") from None
 
 
 def cut(network: keras.Model) -> list[Any]:
@@ -142,6 +151,8 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
             # A batch of another size would be compiled once more, and perhaps be computed in another way.
             padded = np.concatenate([given, np.repeat(given[-1:], short, axis=0)]) if short else given
             outputs = keras.tree.flatten(prefix.predict_on_batch(padded))
+            if not arrays:
+                _make_room(part, sum(output[0].nbytes for output in outputs) * len(images))
             arrays = arrays or [
                 np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
                 for path, output in zip(paths, outputs, strict=True)
@@ -151,6 +162,17 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
             bar.update(len(given))
     del array, arrays  # what is mapped is written
     files.write_json(part / ENTRY, {path.name: files.sha256(path) for path in paths})
+
+
+def _make_room(part: Path, needed: int) -> None:
+    # A file that is mapped ends the process without a word where the disk is full.
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        raise LabError(
+            f"{part.parent}: Expected {needed / 1e9:.1f} GB of free disk for features. Found: {free / 1e9:.1f} GB. "
+            "Remove files, for example the folder itself, or set ABLAB_FEATURES_GB lower and run "
+            "`dvc repro --force --single-item plan`: what doesn't fit is then trained without them."
+        )
 
 
 def _read(entry: Path) -> list[np.ndarray] | None:

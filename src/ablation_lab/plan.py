@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ SECONDS_A_WEIGHT = 4e-9  # of a step, for the optimizer to go through a trained 
 Facts = dict[str, Any]
 
 
+def check_names(study: Params, classes: list[str]) -> None:
+    """Whether what the study says of single classes is about classes that there are.
+
+    Raises:
+        LabError: naming the variant and the class.
+    """
+    second = (variant for variants in study.second.values() for variant in variants.values())
+    for variant in [*study.variants.values(), *second]:
+        try:
+            optimization.class_weights(variant.train.class_weights, classes, np.zeros(0, np.int64))
+        except LabError as error:
+            raise LabError(f"{variant.name}: {error}") from None
+
+
 def describe(
     study: Params, image_shape: tuple[int, int, int], classes: int, root: Path = Path(), pictures: int = 0
 ) -> dict[str, Facts]:
@@ -42,7 +57,7 @@ def describe(
 
     Returns:
         For each variant `parameters`, `trainable_parameters`, `macs` (of one picture's forward pass), `differences`
-        from the baseline, `layers`, `lints`, `plan_hash`, and `frozen`: None, or of the network's frozen prefix an
+        from the baseline, `layers`, `lints`, `plan_hash`, and where a network has a frozen prefix `frozen`, its
         `id`, which equal ones share, the `layers`, the `macs`, the `bytes` of its features of all pictures and whether
         it is computed `once`.
 
@@ -129,16 +144,17 @@ class _Describer:
             lints.append(unseen)
         if variant.model.builder == "transfer" and not selected:
             lints += weights.lints(fixed["model"])
+        if models.output(fixed["model"]) != "sigmoid" and fixed["train"]["loss"].lower().startswith("binary"):
+            lints.append("its loss takes each class by itself: to softmax and logits belongs categorical_crossentropy")
         if prefix and not prefix["once"]:
-            why = (
-                "it augments its input"
-                if variant.input.augment
-                else f"the features would take {_size(prefix['bytes'])}"
-            )
+            why = "it augments its input"
+            if not variant.input.augment:
+                most = f"more than ABLAB_FEATURES_GB, {_size(frozen.limit())}"
+                why = f"their features would take {_size(prefix['bytes'])}, {most}"
             lints.append(f"its {prefix['layers']} frozen layers are computed anew for each epoch, as {why}")
         if uncounted := _uncounted(placed):
             lints.append(uncounted)
-        return {
+        facts = {
             "parameters": network.count_params(),
             "trainable_parameters": sum(_count(weight) for weight in network.trainable_weights),
             "macs": sum(layer["macs"] for layer in layers),
@@ -146,9 +162,8 @@ class _Describer:
             "layers": layers,
             "lints": lints,
             "plan_hash": params.digest(params.canonical_json(fixed)),
-            "frozen": prefix,
-            "start": fixed.get("start"),
         }
+        return facts | ({"frozen": prefix} if prefix else {})
 
 
 def _ready_made(network: keras.Model, variant: Variant) -> dict[str, str]:
@@ -195,16 +210,16 @@ def settings(
     found = variant.resolved()
     if ":" in variant.model.builder:
         found["code"] = custom.sources(variant.model.builder, root)
-    if ready := weights.wanted(found["model"], root):
+    if ready := weights.wanted(found["model"]):
         found["weights"] = ready
     if prefix is not None:
-        found["features"] = prefix["once"]
+        found["frozen_once"] = prefix["once"]
     if start is not None:
         found["start"] = start["plan_hash"]
     return found
 
 
-def fetch_weights(study: Params, root: Path = Path()) -> None:
+def fetch_weights(study: Params) -> None:
     """Download the weights of ready-made backbones that aren't there, so that no training has to wait for a network.
 
     Raises:
@@ -213,16 +228,15 @@ def fetch_weights(study: Params, root: Path = Path()) -> None:
     wanted: dict[str, tuple[dict[str, Any], weights.Wanted]] = {}
     for variant in study.variants.values():
         model = variant.resolved()["model"]
-        ready = weights.wanted(model, root)
+        ready = weights.wanted(model)
         if ready and ready["url"]:
             wanted[ready["file"]] = (model, ready)
     for name, (model, ready) in wanted.items():
         try:
-            weights.locate(model, ready, root)
+            weights.locate(model, ready)
         except LabError as missing:
-            host = (ready["url"] or "").rpartition("/")[0]
             try:
-                fetch.keep({name: ready["hash"]}, weights.FOLDER, host, weights.keras_folder())
+                fetch.keep(name, ready["hash"], str(ready["url"]), weights.FOLDER, weights.keras_folder())
             except LabError as lost:
                 raise LabError(f"{missing}\n       {lost}") from None
 
@@ -258,7 +272,7 @@ def _write(
 ) -> None:
     (folder / "networks").mkdir(parents=True)
     for name, variant in variants.items():
-        text = params.canonical_json(settings(variant, root, described[name]["frozen"], start))
+        text = params.canonical_json(settings(variant, root, described[name].get("frozen"), start))
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
         text = params.canonical_json(described[name])
         (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
@@ -310,8 +324,8 @@ def minutes(
         if variant.train.steps_per_epoch:
             used = variant.train.steps_per_epoch * variant.train.batch_size
         # A frozen layer only goes forward; the others go backward too, which costs twice as much.
-        ahead = facts["frozen"]["macs"] if facts["frozen"] else 0
-        once = bool(facts["frozen"] and facts["frozen"]["once"])
+        prefix = facts.get("frozen", {"macs": 0, "once": False})
+        ahead, once = prefix["macs"], prefix["once"]
         epoch = used * (facts["macs"] - ahead + (0 if once else ahead / 3)) / MACS_A_SECOND / threads**0.5
         epoch += used / variant.train.batch_size * (0.002 + facts["trainable_parameters"] * SECONDS_A_WEIGHT)
         for seed in seeds:
@@ -322,18 +336,18 @@ def minutes(
                 seconds = files.read_json(folder / cell.TIMING)["epoch_seconds"]
                 epoch = sum(seconds) / len(seconds)
         guesses[name] = (START_UP_SECONDS + variant.train.epochs * epoch) / 60
-        if once and facts["frozen"]["id"] not in computed:
-            computed.add(facts["frozen"]["id"])
+        if once and prefix["id"] not in computed:
+            computed.add(prefix["id"])
             guesses[name] += 1.4 * pictures * ahead / 3 / MACS_A_SECOND / threads**0.5 / 60
     return guesses
 
 
-def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], int, int, int, str | None]:
+def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], list[str], int, int, str | None]:
     """What the networks would be fed: by the data card where `preprocess` has run, else by what is known of the data.
 
     Returns:
-        Image shape, number of classes, size of the training part and of all, and the data's digest (None without a data
-        card).
+        Image shape, names of the classes, size of the training part and of all, and the data's digest (None without a
+        data card).
     """
     known = datasets.spec(study.data)
     processed = root / "data" / "processed"
@@ -345,7 +359,7 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     ):
         card = files.read_json(processed / "card.json")
         counts = card["counts"]
-        return tuple(card["image_shape"]), len(card["classes"]), counts["train"], sum(counts.values()), card["digest"]
+        return tuple(card["image_shape"]), card["classes"], counts["train"], sum(counts.values()), card["digest"]
     if known is None:
         raise LabError(
             "data: Expected pictures that are preprocessed with these settings, since only they tell their classes. "
@@ -355,7 +369,7 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     counts = known.counts
     total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
     rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
-    return known.image_shape, len(known.classes), round(total * rest), sum(counts.values()), None
+    return known.image_shape, list(known.classes), round(total * rest), sum(counts.values()), None
 
 
 def as_json(
@@ -400,7 +414,7 @@ def rows(
     chosen = next(iter(second), None)
     if second and not any(row.reasons for row in first if row.name in second):
         chosen = selection.choose(study, root)["variant"]
-        second = {chosen: second[chosen]}
+        second = {chosen: second[chosen]} if chosen else second
     found = [
         _rows(study, study.second[name], (name, described[name]), facts, pictures, data_digest, root, name == chosen)
         for name, facts in second.items()
@@ -435,18 +449,40 @@ def table(study: Params, first: list[Row], second: list[Row]) -> str:
         lines += [f"Phase two, with {second[0].base[0]}" if known else "Phase two, by what phase one may select", ""]
         lines += [_table(study, second), ""]
     lines += _once([*first, *second])
-    lines += dict.fromkeys(f"warning: {lint}" for row in [*first, *second] for lint in row.facts["lints"])
+    lines += _trained([*first, *second])
+    lines += warnings((row.name, row.facts) for row in [*first, *second])
     counted = [row for row in [*first, *second] if row.counted]
     left = sum(len(row.reasons) for row in counted)
     total = sum(len(row.reasons) * row.minutes for row in counted)
-    lines.append(
-        f"{left} of {len(counted) * len(study.seeds)} cells to train, about {_duration(total)} one after another."
-    )
+    among = f", phase two as with {second[0].base[0]}" if len({row.base[0] for row in second}) > 1 else ""
+    cells = len(counted) * len(study.seeds)
+    lines.append(f"{left} of {cells} cells to train, about {_duration(total)} one after another{among}.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
     if study.data.dataset == "image_folder":
         lines.append("Pictures that changed since the last `dvc repro` are not seen here; it will notice them.")
     return "\n".join(lines)
+
+
+def warnings(described: Iterable[tuple[str, Facts]]) -> list[str]:
+    """All lints, each once, with the variants that they are about."""
+    about: dict[str, dict[str, None]] = {}
+    for name, facts in described:
+        for lint in facts["lints"]:
+            about.setdefault(lint, {})[name] = None
+    return [f"warning: {', '.join(names)}: {lint}" for lint, names in about.items()]
+
+
+def _trained(rows: list[Row]) -> list[str]:
+    """Where in a backbone training starts, of variants that train some of its layers."""
+    lines: dict[str, str] = {}
+    for row in rows:
+        layers = [layer for layer in row.facts["layers"] if "of" in layer]
+        ours = [layer["name"] for layer in layers if layer["of"].endswith(", trained")]
+        if 0 < len(ours) < len(layers):
+            told = f"trains {len(ours)} of the backbone's {len(layers) + 1} layers, from {ours[0]} on"
+            lines[row.name] = f"{row.name}: {told}"
+    return list(lines.values())
 
 
 def _table(study: Params, rows: list[Row]) -> str:
@@ -484,7 +520,7 @@ def _once(rows: list[Row]) -> list[str]:
     found: dict[str, dict[str, Any]] = {}
     sharing: dict[str, list[str]] = {}
     for row in rows:
-        prefix = row.facts["frozen"]
+        prefix = row.facts.get("frozen")
         if prefix and prefix["once"]:
             found[prefix["id"]] = prefix
             sharing.setdefault(prefix["id"], []).append(row.name)
@@ -561,7 +597,8 @@ def _fingerprint(network: keras.Model, variant: Variant) -> str:
     chosen = variant.resolved()
     # How the layers of a user's own network are wired is for its function to say.
     wiring = chosen["model"] if ":" in variant.model.builder else None
-    return json.dumps([layers, wiring, chosen["input"], chosen["train"]], sort_keys=True, default=str)
+    weights_named = chosen["model"].get("weights")
+    return json.dumps([layers, wiring, weights_named, chosen["input"], chosen["train"]], sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)

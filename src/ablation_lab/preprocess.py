@@ -38,6 +38,9 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
     reasons = _unreadable(data, source) if data.unreadable == "skip" else {}
     readable = np.setdiff1d(np.arange(len(source.labels)), list(reasons))
     given_test = None if source.test is None else source.test[readable]
+    if given_test is not None and data.split.test != "given":
+        told = "the given test part is split anew with all other pictures; `test: given` keeps it"
+        print(f"warning: data.split.test is {data.split.test}: {told}", file=sys.stderr)
     parts = split(source.labels[readable], given_test, source.classes, data)
     parts = {part: readable[chosen] for part, chosen in parts.items()}
     kept = np.sort(np.concatenate(list(parts.values())))

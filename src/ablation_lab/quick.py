@@ -28,6 +28,8 @@ def run(root: Path) -> int:
     for name in ("src", "stages", "networks"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    if not (folder / "weights").is_symlink():
+        (folder / "weights").symlink_to(Path("..") / "weights")  # large files, perhaps
     shutil.copyfile(root / "dvc.yaml", folder / "dvc.yaml")
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
@@ -51,7 +53,8 @@ def shrink(study: dict[str, Any], root: Path) -> dict[str, Any]:
         found = root / study["data"]["path"]  # a relative path is relative to the project, not to the folder in it
         study["data"]["path"] = str(found) if found.exists() else study["data"]["path"]
     study["seeds"] = study["seeds"][:SEEDS]
-    for settings in [study, *(patch for patch in study["variants"].values() if patch)]:
+    second = (study.get("finetune") or {}).get("variants") or {}
+    for settings in [study, *(patch for patch in [*study["variants"].values(), *second.values()] if patch)]:
         train = settings.get("train", {})
         if settings is study or "epochs" in train:
             train["epochs"] = 1

@@ -76,6 +76,11 @@ def search(root: Path, overrides: Sequence[str], trials: int, seed: int) -> int:
             "study.test: Expected sealed. Found: scored. A search picks by the validation part, and every look at the "
             "test part on the way would make the last one too good. Write `test: sealed` under `study` in params.yaml."
         )
+    if study.second:
+        raise LabError(
+            "finetune.variants: Expected none, since a search compares variants of the first phase. "
+            f"Found: {', '.join(study.second_names)}. Search first, and put them back for what was found."
+        )
     fixed, space = parse(overrides, params.read(root / "params.yaml")[0])
     backend.use_cpu_only()
     # Trials take the pictures from DVC's cache instead of preparing them again, each for itself.
@@ -262,7 +267,7 @@ def _experiment_name(root: Path, study: Params) -> str:
         LabError: when a network of the study can't be built.
     """
     image_shape, classes, _, pictures, data_digest = planning.pictures(study, root)
-    described = planning.describe(study, image_shape, classes, root, pictures)
+    described = planning.describe(study, image_shape, len(classes), root, pictures)
     code = cell.training_code(root)
     hashes = [
         [name, seed, cell.cell_hash(described[name]["plan_hash"], seed, data_digest or "", code)]

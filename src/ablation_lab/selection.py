@@ -10,18 +10,18 @@ from ablation_lab import cell, files
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 
-CHOICE = "choice.json"
+CHOICE = "start/choice.json"  # beside a plan it might have a variant's name
 ACCURACY, LOSS = "validation_accuracy", "validation_loss"
 
 
 def select(study: Params, root: Path = Path()) -> dict[str, Any]:
     """Choose the variant with the best validation accuracy, and write `selection/`.
 
-    There are `choice.json`, the second phase's plans as they are with the chosen variant, and for each seed what its
-    cells start from.
+    There are `start/choice.json`, the second phase's plans as they are with the chosen variant, and for each seed what
+    its cells start from.
 
     Returns:
-        What choice.json holds: `variant` and `candidates`, each with the means over seeds of its `validation_accuracy`
+        What it holds: `variant` and `candidates`, each with the means over seeds of its `validation_accuracy`
         and `validation_loss`, by which equal accuracies are told apart. `variant` is null without a second phase.
 
     Raises:
@@ -29,6 +29,11 @@ def select(study: Params, root: Path = Path()) -> dict[str, Any]:
     """
     choice = choose(study, root)
     variant = choice["variant"]
+    if study.second and variant is None:
+        raise LabError(
+            f"finetune.select: Expected a variant that did not diverge. Found: none of {', '.join(study.second)}. "
+            "Without `finetune` there is a report of phase one."
+        )
     with files.whole(root / cell.SELECTION) as folder:
         files.write_json(folder / CHOICE, choice)
         if variant:
@@ -43,13 +48,9 @@ def select(study: Params, root: Path = Path()) -> dict[str, Any]:
 
 
 def choose(study: Params, root: Path = Path()) -> dict[str, Any]:
-    """What `select` would choose; nothing is written."""
+    """What `select` would choose, no variant where every candidate diverged; nothing is written."""
     candidates = {name: _means(name, study.seeds, root) for name in study.second}
     ranks = {name: (-means[ACCURACY], means[LOSS]) for name, means in candidates.items() if means[ACCURACY] is not None}
-    if candidates and not ranks:
-        raise LabError(
-            f"finetune.select: Expected a variant that did not diverge. Found: none of {', '.join(candidates)}."
-        )
     return {"variant": min(ranks, key=lambda name: ranks[name]) if ranks else None, "candidates": candidates}
 
 

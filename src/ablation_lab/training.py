@@ -106,9 +106,9 @@ def train(
     if start is not None:
         network.load_weights(start)
     elif plan.get("weights"):
-        weights.load(network, model, weights.locate(model, plan["weights"], files.root()))
+        weights.load(network, model, weights.locate(model, plan["weights"]))
     whole, trained = network, models.trained(network, model)
-    if plan.get("features"):
+    if plan.get("frozen_once"):
         prefix, whole, trained = frozen.split(network, trained)
         features = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name)
         arrays = replace(arrays, inputs=features)
@@ -133,7 +133,8 @@ def train(
         verbose=0,
     )
 
-    # Fitting and model selection are over. Only now the test pictures are looked at, and nothing is scored on them.
+    # Fitting and model selection are over. Only now what was trained sees the test pictures (or their features), and
+    # nothing is scored on them.
     def predicted(indices: np.ndarray) -> np.ndarray:
         return whole.predict(pipeline.ordered_batches(arrays, indices, PREDICTION_BATCH, form), verbose=0)
 
@@ -150,6 +151,7 @@ def train(
     train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, form)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
+    network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     network.save_weights(out / cell.WEIGHTS)
     history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import h5py
 import pooch
 import requests
 
@@ -29,7 +30,12 @@ class _Fault(Exception):
 
 
 def fetch(
-    sums: Mapping[str, str | None], folder: str, sources: Mapping[str, str], destination: Path, advice: str
+    sums: Mapping[str, str | None],
+    folder: str,
+    sources: Mapping[str, str],
+    destination: Path,
+    advice: str,
+    named: Mapping[str, str] | None = None,
 ) -> None:
     """Fill `destination` with files, the same bytes from whatever source.
 
@@ -42,6 +48,7 @@ def fetch(
         sources: what a source is called, to its base URL or folder.
         destination: replaced as a whole.
         advice: what else the user can do when all sources fail.
+        named: what a file is called at the sources, where that differs.
     Raises:
         LabError: with what happened at each source.
     """
@@ -60,7 +67,8 @@ def fetch(
                 if (part / name).exists():
                     continue
                 try:
-                    _get(f"{place}/{name}", part / name, wanted)
+                    there = (named or {}).get(name, name) if label in sources else name
+                    _get(f"{place}/{there}", part / name, wanted)
                 except _Fault as fault:
                     (part / name).unlink(missing_ok=True)
                     if label not in ("", "the cache"):
@@ -78,7 +86,7 @@ def fetch(
             tried = faults if near else ["ABLAB_DATA_MIRROR: not set", *faults]
             listed = "".join(f"\n         {fault}" for fault in tried)
             raise LabError(
-                f"Expected {', '.join(sums)} with the right sha256 from one of the sources. "
+                f"Expected {', '.join(sums)} with the right hash from one of the sources. "
                 f"Found no good {', '.join(missing)}:{listed}\n"
                 f"       Put the official files into a folder as {folder}/<file> and set ABLAB_DATA_MIRROR to that "
                 f"folder (or to a base URL that serves them), or {advice}."
@@ -87,22 +95,23 @@ def fetch(
         print(f"warning: {passed_over}", file=sys.stderr)
 
 
-def keep(sums: Mapping[str, str | None], folder: str, source: str, also: Path) -> None:
-    """Fetch files into the cache, `ABLAB_CACHE` or the platform's, where they are looked for under the same name.
+def keep(name: str, wanted: str | None, url: str, folder: str, also: Path) -> None:
+    """Fetch a file into the cache, `ABLAB_CACHE` or the platform's, where it is looked for under the same name.
 
     Args:
-        sums: file name to hash, as in `fetch`.
-        folder: where the files lie below a mirror and in the cache.
-        source: the base URL of their official host.
-        also: another folder where they may be.
+        name: the file's.
+        wanted: its hash, as in `fetch`.
+        url: its official address.
+        folder: where it lies below a mirror and in the cache.
+        also: another folder where it may be.
     Raises:
         LabError: as `fetch`.
     """
+    host, _, there = url.rpartition("/")
     with tempfile.TemporaryDirectory() as place:
         found = Path(place) / folder
-        fetch(sums, folder, {source: source}, found, f"into {also}")
-        for name in sums:
-            _store(found / name, files.cache() / folder / name)
+        fetch({name: wanted}, folder, {host: host}, found, f"into {also}", {name: there})
+        _store(found / name, files.cache() / folder / name)
 
 
 def _get(place: str, target: Path, wanted: str | None) -> None:
@@ -158,7 +167,7 @@ def _download(url: str, target: Path) -> None:
 
 def _check(place: str, file: Path, wanted: str | None) -> None:
     if wanted is None:
-        return
+        return _check_hdf5(place, file)
     algorithm, _, expected = wanted.rpartition(":")
     algorithm = algorithm or "sha256"
     found = pooch.file_hash(str(file), alg=algorithm)
@@ -170,6 +179,14 @@ def _check(place: str, file: Path, wanted: str | None) -> None:
             f"{place}: refused. Expected {algorithm} {expected}. Found: {algorithm} {found} "
             f"({file.stat().st_size:,} bytes{kind}). Put the official {file.name} there, or use another source."
         )
+
+
+def _check_hdf5(place: str, file: Path) -> None:
+    """Whether a file of weights without a known hash is whole, at least."""
+    try:
+        h5py.File(file, "r").close()
+    except OSError as error:
+        raise _Fault(f"{place}: refused. Expected an HDF5 file. Found: {error}") from None
 
 
 def _store(file: Path, cached: Path) -> None:

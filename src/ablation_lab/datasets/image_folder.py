@@ -106,10 +106,10 @@ def download(data: params.Data, destination: Path) -> None:
             reason = str(error).partition("\n")[0].rstrip(":.")
             expected = "a folder that can be read or a whole .zip, .tar or .tar.gz file without a password"
             raise LabError(f"{found}: Expected {expected}. Found: {reason} (at {at}).") from None
+        if ignored:  # said first, since it may be why there are no pictures
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items()))
+            print(f"{found}: ignored what is no picture by its suffix: {kinds}", file=sys.stderr)
         _layout(sorted(names), folders, str(found))
-    if ignored:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items()))
-        print(f"{found}: ignored what is no picture by its suffix: {kinds}", file=sys.stderr)
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -174,7 +174,12 @@ def _layout(names: list[str], folders: list[str], where: str) -> list[tuple[str,
     depth = 3 if {"train", "test"} <= tops else 2
     for name, path in zip(names, paths, strict=True):
         if len(path) != depth or (depth == 3 and path[0] not in ("train", "test")):
-            raise LabError(f"{where}: Expected {LAYOUT}, and all pictures in the folders of classes. Found: {name}.")
+            hint = ""
+            if "train" in tops and (other := tops & {"val", "valid", "validation"}):
+                hint = f" The validation part comes out of train/: move {min(other)}/ there, or call it test/."
+            raise LabError(
+                f"{where}: Expected {LAYOUT}, and all pictures in the folders of classes. Found: {name}.{hint}"
+            )
     empty = {folder for folder in inner if len(folder) == depth - 1} - {path[:-1] for path in paths}
     if depth == 3:
         _same_classes({(one[0], one[1]) for one in [*paths, *inner] if len(one) > 1}, where)

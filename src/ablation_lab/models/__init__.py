@@ -65,7 +65,10 @@ def _network(inputs: Any, x: Any, model: dict[str, Any], classes: int) -> keras.
     match model["output"]:
         case "sigmoid":
             if classes != 2:
-                raise NetworkError(f"model.output: Expected softmax or logits for {classes} classes. Found: sigmoid.")
+                raise NetworkError(
+                    f"model.output: Expected softmax or logits for {classes} classes, with categorical_crossentropy as "
+                    "train.loss. Found: sigmoid."
+                )
             x = apply(keras.layers.Dense(1, activation="sigmoid", name=TRAINED["sigmoid"], **weights), x)
             outputs = keras.ops.concatenate([1 - x, x], axis=-1)
         case "logits":

@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import re
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from keras.src.utils import file_utils
 
 from ablation_lab import files
@@ -18,32 +20,38 @@ from ablation_lab.models.layers import NetworkError, reason
 FOLDER = "weights"
 
 
+EFFICIENT_NET = re.compile("efficientnetb[0-7]")  # not its second version
+DEVIATIONS = (0.229, 0.224, 0.225)  # of ImageNet's pictures, red, green, blue, between 0 and 1
+
+
 class Wanted(TypedDict):
-    """A file of weights: its name, its hash as `md5:…` or `sha256:…` (None where Keras knows none), and where Keras
-    gets it (None for a file of the user's)."""
+    """A file of weights: its name, its hash as `md5:…` or `sha256:…` (None where Keras knows none and the file isn't
+    there), and where Keras gets it (None for a file of the user's)."""
 
     file: str
     hash: str | None
     url: str | None
 
 
-def wanted(model: dict[str, Any], root: Path) -> Wanted | None:
-    """The weights of a resolved `model`, by name and content; they belong to what fixes a result.
-
-    Args:
-        root: where a relative path starts.
+def wanted(model: dict[str, Any]) -> Wanted | None:
+    """The weights of a resolved `model`, by name and content; they belong to what fixes a result. A relative path is
+    looked up under the root, which in DVC's temporary experiments is the main repository.
 
     Returns:
-        None for random weights.
+        None for random weights, and for builders that know no others.
 
     Raises:
         NetworkError: when a file of the user's isn't there.
     """
-    if model.get("weights") is None:
+    if model["builder"] != "transfer" or model["weights"] is None:
         return None
     if model["weights"] == "imagenet":
-        return _imagenet(model["backbone"].lower())
-    places = [Path(root) / model["weights"], *_known_places(Path(model["weights"]).name)]
+        known = _imagenet(model["backbone"].lower())
+        if known["hash"] is None:  # then the file itself says what it is, once it is there
+            path = next((place for place in _known_places(known["file"]) if place.is_file()), None)
+            known = {**known, "hash": digest(path, "sha256") if path else None}
+        return known
+    places = [files.root() / model["weights"], *_known_places(Path(model["weights"]).name)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise NetworkError(
@@ -53,14 +61,14 @@ def wanted(model: dict[str, Any], root: Path) -> Wanted | None:
     return {"file": path.name, "hash": digest(path, "sha256"), "url": None}
 
 
-def locate(model: dict[str, Any], weights: Wanted, root: Path) -> Path:
+def locate(model: dict[str, Any], weights: Wanted) -> Path:
     """The file with these weights.
 
     Raises:
         NetworkError: naming the file, its hash and where to put it, and what is wrong with the ones that are there.
     """
     name = weights["file"]
-    places = ([Path(root) / model["weights"]] if weights["url"] is None else []) + _known_places(name)
+    places = ([files.root() / model["weights"]] if weights["url"] is None else []) + _known_places(name)
     refused = []
     for place in places:
         if not place.is_file():
@@ -69,10 +77,11 @@ def locate(model: dict[str, Any], weights: Wanted, root: Path) -> Path:
         if weights["hash"] in (None, found):
             return place
         refused.append(f"{place} with {found} ({place.stat().st_size:,} bytes)")
+    what = name + (f" with {weights['hash']}" if weights["hash"] else "")
+    source = f" Get it from {weights['url']}; `dvc repro --force --single-item plan` does." if weights["url"] else ""
     raise NetworkError(
-        f"model.weights of {model['backbone']}: Expected {name} with {weights['hash']} as one of "
-        f"{', '.join(map(str, places))}. Found: {'; '.join(refused) or 'none of them'}. Put it there; or, "
-        "where there is a network, run `dvc repro --force --single-item plan`, which downloads it."
+        f"model.weights of {model['backbone']}: Expected {what} as one of {', '.join(map(str, places))}. "
+        f"Found: {'; '.join(refused) or 'none of them'}.{source}"
     )
 
 
@@ -82,13 +91,27 @@ def load(network: keras.Model, model: dict[str, Any], path: Path) -> None:
     Raises:
         NetworkError: when the file holds the weights of another network.
     """
+    backbone = transfer.backbone_of(network)
     try:
-        transfer.backbone_of(network).load_weights(path)
+        backbone.load_weights(path)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise NetworkError(
             f"model.weights: Expected the weights of {model['backbone']} without its top. "
             f"Found: {path}; {reason(error)}"
         ) from error
+    _as_in_training(backbone, model)
+
+
+def _as_in_training(backbone: keras.Model, model: dict[str, Any]) -> None:
+    """EfficientNet's ImageNet weights want their pictures divided by the square root of ImageNet's deviations, too.
+
+    Keras builds a layer for it, after the normalisation, when it loads these weights itself. Here the normalisation
+    does both: a variance that is larger by the deviations is the same.
+    """
+    if model["weights"] == "imagenet" and EFFICIENT_NET.fullmatch(model["backbone"].lower()):
+        (layer,) = (one for one in backbone.layers if isinstance(one, keras.layers.Normalization))
+        layer.adapt_variance.assign(layer.adapt_variance * np.array(DEVIATIONS, np.float32))
+        layer.finalize_state()
 
 
 def lints(model: dict[str, Any]) -> list[str]:
@@ -116,7 +139,7 @@ def keras_folder() -> Path:
 def _known_places(name: str) -> list[Path]:
     near = files.mirror()
     mirrored = [Path(near) / FOLDER / name] if near and not files.is_url(near) else []
-    return [keras_folder() / name, *mirrored, files.cache() / FOLDER / name]
+    return [keras_folder() / name, *mirrored, files.cache() / FOLDER / name, files.root() / FOLDER / name]
 
 
 @cache

@@ -254,8 +254,8 @@ def _selected(material: Material, text: _Format) -> list[str]:
         return []
     accuracy = text.percent(choice["candidates"][choice["variant"]]["validation_accuracy"])
     return [
-        f"Of phase one, {choice['variant']} was selected for phase two: its validation accuracy of {accuracy} is the "
-        f"highest of {_count(len(choice['candidates']), 'candidate')}."
+        f"Of phase one, {choice['variant']} was selected for phase two: with a validation accuracy of {accuracy} it is "
+        f"the first of {_count(len(choice['candidates']), 'candidate')} on the validation part."
     ]
 
 

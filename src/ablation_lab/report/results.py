@@ -56,7 +56,7 @@ class Material:
         pictures: sample pictures (uint8) with their class numbers.
         mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
         shown: a few test pictures with the probabilities that each variant gave them; None while they are sealed.
-        choice: selection/choice.json; None in a study of one phase.
+        choice: selection/start/choice.json; None in a study of one phase.
         roc: of a problem with two classes, by variant the points of each seed's ROC curve on the test part: rates of
             false and of true positives, (2, thresholds).
     """
