@@ -456,7 +456,8 @@ def table(study: Params, first: list[Row], second: list[Row]) -> str:
     total = sum(len(row.reasons) * row.minutes for row in counted)
     among = f", phase two as with {second[0].base[0]}" if len({row.base[0] for row in second}) > 1 else ""
     cells = len(counted) * len(study.seeds)
-    lines.append(f"{left} of {cells} cells to train, about {_duration(total)} one after another{among}.")
+    spent = f", about {_duration(total)} one after another{among}" if left else ""
+    lines.append(f"{left} of {cells} cells to train{spent}.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
     if study.data.dataset == "image_folder":
