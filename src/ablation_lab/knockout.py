@@ -79,7 +79,7 @@ def knock_out(file: Path, paths: list[str]) -> str:
     file = file.resolve()
     raw, text = params.read(file)
     study = params.validate(raw, str(file), text)
-    base, baseline = {key: raw[key] for key in PATCHED}, _baseline(raw)
+    base, baseline = {key: raw.get(key, {}) for key in PATCHED}, _baseline(raw)
     chosen = _chosen(removals(study, baseline), paths)
     written = {}
     for one in chosen:
@@ -212,7 +212,7 @@ def _words(key: str) -> str:
 def _baseline(raw: dict[str, Any]) -> dict[str, Any]:
     """The baseline's settings as they are written: the base with the baseline's own patch, if it has one."""
     own = raw["variants"][raw["study"]["baseline"]] or {}
-    return {key: params.merge_patch(raw[key], own.get(key, {})) for key in PATCHED}
+    return {key: params.merge_patch(raw.get(key, {}), own.get(key, {})) for key in PATCHED}
 
 
 def _patch_between(base: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
