@@ -25,7 +25,7 @@ CODE = (
     ".gitignore",
 )
 
-LONG = ("test_study.py", "test_training.py", "test_search.py")
+LONG = ("test_study.py", "test_training.py", "test_search.py", "test_two_phases.py")
 
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.
 TINY = {

@@ -151,32 +151,37 @@ STUDIES = {path.stem: params.load(path) for path in sorted((ROOT / "studies").gl
 def noise(tmp_path_factory):
     """Data sets of noise in the shapes that the ready-made studies are for."""
     made = {}
-    for shape in {datasets.spec(study.data).image_shape for study in STUDIES.values()}:
-        made[shape] = tmp_path_factory.mktemp("noise")
-        names = [f"class {i}" for i in range(10)]
-        fabricate.data(made[shape], names, pictures=20)
+    for spec in [datasets.spec(study.data) for study in STUDIES.values()]:
+        shape, key = spec.image_shape, (spec.image_shape, len(spec.classes))
+        if key in made:
+            continue
+        made[key] = tmp_path_factory.mktemp("noise")
+        fabricate.data(made[key], list(spec.classes), pictures=20)
         pictures = np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8)
-        np.save(made[shape] / "data/processed/images.npy", pictures)
-        card = made[shape] / "data/processed/card.json"
+        np.save(made[key] / "data/processed/images.npy", pictures)
+        card = made[key] / "data/processed/card.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"image_shape": shape}))
     return made
 
 
-# Variants of one study that differ in how they are trained are one network.
+# Variants of one study that differ in how they are trained are one network; of a backbone one head will do.
 NETWORKS = {
     (study, json.dumps(variant.resolved()["model"])): (study, name)
     for study, chosen in STUDIES.items()
     for name, variant in chosen.variants.items()
+    if variant.model.builder != "transfer" or name == chosen.study.baseline
 }
 
 
 @pytest.mark.parametrize(("study", "name"), NETWORKS.values())
-def test_each_network_of_each_study_trains_for_a_step(noise, tmp_path, study, name):
+def test_each_network_of_each_study_trains_for_a_step(noise, tmp_path, monkeypatch, study, name):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # where features are kept
     chosen = STUDIES[study]
-    plan = chosen.variants[name].resolved()
+    plan = chosen.variants[name].resolved() | {"frozen_once": chosen.variants[name].model.builder == "transfer"}
     plan["train"] |= {"epochs": 1, "steps_per_epoch": 1, "batch_size": min(4, plan["train"]["batch_size"])}
     rows: list[dict] = []
-    data = noise[datasets.spec(chosen.data).image_shape] / "data/processed"
+    spec = datasets.spec(chosen.data)
+    data = noise[spec.image_shape, len(spec.classes)] / "data/processed"
     _, result = training.train(plan, 0, data, tmp_path, name, rows.append)
     with np.load(tmp_path / cell.UNTRAINED) as untrained, np.load(tmp_path / cell.PREDICTIONS) as predictions:
         before, after = untrained["probabilities"], predictions["test_probabilities"][untrained["positions"]]
