@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +152,10 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
             outputs = keras.tree.flatten(prefix.predict_on_batch(padded))
             if not arrays:
                 _make_room(part, sum(output[0].nbytes for output in outputs) * len(images))
-            arrays = arrays or [
-                np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
-                for path, output in zip(paths, outputs, strict=True)
-            ]
+                arrays = [
+                    np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
+                    for path, output in zip(paths, outputs, strict=True)
+                ]
             for array, output in zip(arrays, outputs, strict=True):
                 array[start : start + len(given)] = output[: len(given)]
             bar.update(len(given))
@@ -188,7 +187,7 @@ def _read(entry: Path) -> list[np.ndarray] | None:
 
 def _bound(folder: Path, used: Path) -> None:
     """Remove what hasn't been used for longest, until the rest fits; what another process uses just now stays."""
-    entries = sorted(_entries(folder), key=lambda entry: _age(entry), reverse=True)
+    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=_last_use)
     total = sum(_bytes(entry) for entry in entries)
     for entry in entries:
         if total <= limit():
@@ -203,15 +202,11 @@ def _bound(folder: Path, used: Path) -> None:
             continue
 
 
-def _entries(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.iterdir() if path.is_dir())
-
-
-def _age(entry: Path) -> float:
+def _last_use(entry: Path) -> float:
     try:
-        return -(entry / ENTRY).stat().st_mtime
+        return (entry / ENTRY).stat().st_mtime
     except OSError:
-        return float("inf")  # broken
+        return 0  # broken
 
 
 def _bytes(entry: Path) -> int:

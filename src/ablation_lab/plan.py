@@ -17,7 +17,6 @@ from ablation_lab.backend import keras
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
 from ablation_lab.models import custom, transfer, weights
-from ablation_lab.models.layers import INPUT, RESCALE
 from ablation_lab.params import Params, Variant
 
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
@@ -170,8 +169,10 @@ def _ready_made(network: keras.Model, variant: Variant) -> dict[str, str]:
     """The layers of a ready-made backbone by name: whose they are, and whether they are trained."""
     if not isinstance(variant.model, params.Transfer):
         return {}
-    layers = [layer for layer in transfer.backbone_of(network).layers if layer.name not in (INPUT, RESCALE)]
-    return {one.name: f"{variant.model.backbone}, {'trained' if one.trainable else 'frozen'}" for one in layers}
+    return {
+        one.name: f"{variant.model.backbone}, {'trained' if one.trainable else 'frozen'}"
+        for one in transfer.own_layers(network)
+    }
 
 
 def _shapes(network: keras.Model) -> dict[str, tuple[int, ...]]:

@@ -7,9 +7,8 @@ from ablation_lab import cell, files, params, selection, tracking
 
 # A run's final metrics, and their columns in evaluation/cells.csv.
 FINAL = {name: name for name in ("train_accuracy", "best_epoch", "validation_accuracy", "test_accuracy", "test_loss")}
-FINAL |= {
-    key: f"test_{key}" for key in ("macro_f1", "precision", "recall", "roc_auc")
-}  # the last three for two classes
+# The last three are of two classes.
+FINAL |= {key: f"test_{key}" for key in ("macro_f1", "precision", "recall", "roc_auc")}
 
 
 def sync(root: Path = Path()) -> dict[str, str]:

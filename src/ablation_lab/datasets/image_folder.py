@@ -57,7 +57,7 @@ def locate(data: params.Data) -> Path:
     if not data.path:
         raise LabError(f"data.path: Expected {what}. Found: nothing.")
     mirror = files.mirror()
-    folders = [files.root()] + ([Path(mirror)] if mirror and not mirror.startswith("http") else [])
+    folders = [files.root()] + ([Path(mirror)] if mirror and not files.is_url(mirror) else [])
     places = list(dict.fromkeys(folder / Path(data.path).expanduser() for folder in folders))
     for place in places:
         if place.exists():

@@ -43,6 +43,11 @@ def backbone_of(network: keras.Model) -> keras.Model:
     return keras.Model(network.inputs, network.get_layer("features").input)
 
 
+def own_layers(network: keras.Model) -> list[keras.layers.Layer]:
+    """The backbone's own layers in a network, those before them left out."""
+    return [layer for layer in backbone_of(network).layers if layer.name not in (INPUT, RESCALE)]
+
+
 def find(name: str) -> tuple[Callable[..., keras.Model], Callable[..., np.ndarray]]:
     """The function that builds a backbone, and the one that prepares its pictures.
 
@@ -90,7 +95,7 @@ def _times(x: Any) -> str:
 
 def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
     """Freeze the layers of a network's backbone, all but those that `model.trainable` names."""
-    layers = [layer for layer in backbone_of(network).layers if layer.name not in (INPUT, RESCALE)]
+    layers = own_layers(network)
     total = len(layers) + 1  # Keras counts the input layer, as number 0
     wanted = model["trainable"]
     if wanted in ("none", "all"):
