@@ -125,8 +125,8 @@ def test_variants_that_are_the_same_training_are_told():
         longer={"model": {"dropout": 0}, "train": {"epochs": 3}},
     )
     described = describe(study)
-    assert described["here"]["lints"] == ["here is the same network as no_dropout, trained the same way"]
-    assert described["renamed"]["lints"] == ["renamed is the same network as no_dropout, trained the same way"]
+    assert described["here"]["lints"] == ["the same network as no_dropout, trained the same way"]
+    assert described["renamed"]["lints"] == ["the same network as no_dropout, trained the same way"]
     assert described["longer"]["lints"] == []
     assert described["here"]["plan_hash"] == described["no_dropout"]["plan_hash"]
 

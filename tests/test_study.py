@@ -142,7 +142,7 @@ def test_a_variant_that_comes_out_as_another_shares_its_result(project: Path, st
     write_params(project, study)
     done = run(project, "dvc", "repro", "train")
     assert "twin-0: the same training as no_dropout-0, result shared" in passed(done)
-    assert "warning: twin is the same network as no_dropout, trained the same way" in done.stderr
+    assert "warning: twin: the same network as no_dropout, trained the same way" in done.stderr
     for seed in (0, 1):
         folders = [project / "cells" / name / f"seed-{seed}" for name in ("no_dropout", "twin")]
         names = sorted(path.name for path in folders[0].iterdir())

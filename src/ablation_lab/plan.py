@@ -138,7 +138,7 @@ class _Describer:
         prefix = _frozen(network, variant, self.pictures)
         fixed = settings(variant, self.root, prefix, selected[1] if selected else None)
         twin = fingerprints.setdefault(_fingerprint(network, variant), name)
-        lints = [] if twin == name else [f"{name} is the same network as {twin}, trained the same way"]
+        lints = [] if twin == name else [f"the same network as {twin}, trained the same way"]
         if "code" in fixed and (unseen := custom.lint(fixed["code"])):
             lints.append(unseen)
         if variant.model.builder == "transfer" and not selected:
