@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from ablation_lab import errors, files, sync
+from ablation_lab import errors, files
+from ablation_lab.tracking import mirror
 
 
 def main() -> None:
-    receipt = sync.sync()
+    receipt = mirror.sync()
     files.write_json(Path("mlruns/receipt.json"), receipt)
     print(f"{len(receipt)} cells are in MLflow: `ablab ui` shows them")
 

@@ -1,5 +1,7 @@
 """What tests share: a copy of the project in a folder of its own, and commands run in it."""
 
+import csv
+import json
 import os
 import re
 import shutil
@@ -7,7 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+# MLflow keeps a connection to a database that a test may have deleted since.
+os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
 import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +85,45 @@ def retrained(project: Path, study: dict) -> list[str]:
     """The cells that are trained once a study has become params.yaml."""
     write_params(project, study)
     return trained(passed(run(project, "dvc", "repro", "train")))
+
+
+def client_of(project: Path) -> MlflowClient:
+    """A project's own store, as a user's script opens it."""
+    return MlflowClient(f"sqlite:///{project}/mlruns/mlflow.db")
+
+
+def in_mlflow(project: Path, study: str = "tiny", client: MlflowClient | None = None) -> dict[str, Run]:
+    """The finished runs of cells, by name."""
+    client = client or client_of(project)
+    experiment = client.get_experiment_by_name(study)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], max_results=1000)
+    cells = [run for run in found if "ablab.seed" in run.data.tags and run.info.status == "FINISHED"]
+    return {run.info.run_name: run for run in cells}
+
+
+def agree(project: Path, study: str = "tiny", client: MlflowClient | None = None) -> None:
+    """Every cell of params.yaml has exactly one finished run, whose metrics are those of its files; none is RUNNING."""
+    client = client or client_of(project)
+    found = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
+    assert [run.info.run_name for run in found if run.info.status == "RUNNING"] == []
+    with (project / "evaluation/cells.csv").open(encoding="utf-8", newline="") as file:
+        scored = list(csv.DictReader(file))
+    for row in scored:
+        folder = project / f"cells/{row['variant']}/seed-{row['seed']}"
+        result = json.loads((folder / "cell.json").read_text())
+        wanted = {"ablab.cell_hash": result["cell_hash"], "ablab.variant": row["variant"], "ablab.seed": row["seed"]}
+        (run,) = (run for run in found if run.info.status == "FINISHED" and wanted.items() <= run.data.tags.items())
+        for key in ("train_accuracy", "validation_accuracy", "test_accuracy", "test_loss"):
+            assert run.data.metrics[key] == float(row[key])
+        seconds = json.loads((folder / "timing.json").read_text())["epoch_seconds"]
+        with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
+            history = {int(epoch["epoch"]): epoch for epoch in csv.DictReader(file)}
+        for key in ("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"):
+            logged = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, key)]
+            assert sorted(logged) == [(epoch, float(values[key])) for epoch, values in history.items()]
+        logged = client.get_metric_history(run.info.run_id, "epoch_seconds")
+        assert [one.value for one in sorted(logged, key=lambda one: one.step)] == seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ def root(tmp_path_factory):
     for name, variant in study.variants.items():
         folder = cell.folder(name, 0, root)
         folder.mkdir(parents=True)
-        _, result = training.train(variant.resolved(), 0, root / "data/processed", folder, name, lambda row: None)
+        result = training.train(variant.resolved(), 0, root / "data/processed", folder, name, lambda row: None)
         files.write_json(folder / cell.RESULT, result)
     return root
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, new_project, passed, retrained, run, trained, write_params
-from mlflow.tracking import MlflowClient
+from conftest import TINY, agree, client_of, in_mlflow, new_project, passed, retrained, run, trained, write_params
 
 ALL = ["baseline-0", "baseline-1", "no_dropout-0", "no_dropout-1"]
 
@@ -31,13 +30,6 @@ def study(project: Path):
     passed(run(project, "dvc", "repro", "train"))
 
 
-def runs(project: Path) -> list:
-    client = MlflowClient(f"sqlite:///{project}/mlruns/mlflow.db")
-    experiment = client.get_experiment_by_name("tiny")
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id], max_results=1000))
-
-
 def test_everything_is_there(project: Path):
     results = json.loads((project / "reports/results.json").read_text())
     assert list(results["variants"]) == ["baseline", "no_dropout"]
@@ -58,7 +50,8 @@ def test_everything_is_there(project: Path):
 
 
 def test_every_cell_is_a_finished_run_that_agrees_with_the_files(project: Path):
-    found = {run_.info.run_name: run_ for run_ in runs(project)}
+    agree(project)
+    found = in_mlflow(project)
     assert sorted(found) == ALL
     results = json.loads((project / "reports/results.json").read_text())["variants"]
     for name, logged in found.items():
@@ -86,7 +79,7 @@ np.save(out, model.predict(pictures))
 
 
 def test_the_logged_model_takes_raw_pictures_and_gives_the_cells_predictions(project: Path, tmp_path: Path):
-    (logged,) = (one for one in runs(project) if one.info.run_name == "baseline-1")
+    logged = in_mlflow(project)["baseline-1"]
     answer = tmp_path / "answer.npy"
     passed(run(tmp_path, "python", "-c", SERVE, str(project), logged.info.run_id, str(answer)))
     with np.load(project / "cells/baseline/seed-1/predictions.npz") as predictions:
@@ -155,7 +148,8 @@ def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Pat
     assert trained(output) == ["baseline-0", "baseline-1"]
     listed = passed(run(project, "dvc", "exp", "show", "--csv"))
     assert any(line.startswith("less,") or ",less," in line for line in listed.splitlines())
-    logged = [one for one in runs(project) if one.data.tags.get("dvc.exp_name") == "less"]
+    found = client_of(project).search_runs([in_mlflow(project)["baseline-0"].info.experiment_id])
+    logged = [one for one in found if one.data.tags.get("dvc.exp_name") == "less" and "ablab.seed" in one.data.tags]
     assert sorted(one.info.run_name for one in logged) == ["baseline-0", "baseline-1"]
     assert {one.data.params["model.blocks.block1.dropout"] for one in logged} == {"0.1"}
 

@@ -1,62 +1,75 @@
-import multiprocessing
+"""Runs of trainings, live: the store, the process that logs, and what happens when either is gone."""
+
+import os
+import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
+from multiprocessing.pool import ThreadPool
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, passed, run
 from mlflow.tracking import MlflowClient
 
-from ablation_lab import tracking
 from ablation_lab.errors import LabError
+from ablation_lab.tracking import live, runs, store
 
 PLAN = {
     "input": {"rescale": "unit", "augment": {}},
     "model": {"builder": "cnn", "blocks": [{"name": "one", "filters": 3, "dropout": 0.5}], "head": []},
     "train": {"epochs": 2, "optimizer": {"name": "adam"}},
 }
+CARD = {
+    "name": "digits",
+    "classes": ["0", "1"],
+    "counts": {"train": 2, "validation": 1, "test": 1},
+    "image_shape": [8, 8, 1],
+    "digest": "0123456789" * 6 + "0123",
+}
 HISTORY = [
     {"epoch": 1.0, "loss": 2.0, "val_accuracy": 0.25, "epoch_seconds": 0.5},
     {"epoch": 2.0, "loss": 1.0, "val_accuracy": 0.5, "epoch_seconds": 0.25},
 ]
-FINAL = {"test_accuracy": 0.5, "macro_f1": 0.375}
 
 
-def identity(seed: int = 0) -> tracking.Identity:
-    return tracking.Identity("study", "variant", seed, f"hash-{seed}", PLAN)
+def identity(seed: int = 0) -> live.Identity:
+    return live.Identity("study", "variant", seed, f"hash-{seed}", "hash", PLAN, CARD, live.provenance())
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
-    """An empty project folder as the root; returns a function that lists all runs of the study."""
+def root(tmp_path, monkeypatch):
+    """An empty project folder as the root, also for the processes that log."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
 
-    def runs() -> list:
-        client = MlflowClient(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
-        return list(client.search_runs([client.get_experiment_by_name("study").experiment_id]))
 
-    return runs
+def found(root) -> list:
+    client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("study").experiment_id]))
 
 
 def test_settings_of_a_users_network_are_logged_whatever_they_are():
     settings = {"layers": [{"filters": 16}, {"filters": 32}], "blocks": [{"name": "a", "filters": 8}], "mixed": [{}, 1]}
-    assert tracking.flat(settings) == {
+    assert runs.flat(settings) == {
         "layers": [{"filters": 16}, {"filters": 32}],
         "blocks.a.filters": 8,
         "mixed": [{}, 1],
     }
 
 
-def test_a_run_has_the_cells_settings_metrics_and_tags(store, monkeypatch):
+def test_a_run_has_the_cells_settings_metrics_tags_and_data(root, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train@variant-0")
     monkeypatch.setenv("DVC_EXP_NAME", "try")
-    with tracking.cell_run(identity()) as run:
+    with live.cell_run(identity()) as run:
         for row in HISTORY:
             run.epoch(row)
-        run.metrics({"test_accuracy": 0.5, "test_loss": None, "macro_f1": float("nan")})
-    (logged,) = store()
+        run.metrics({"train_accuracy": 0.5, "validation_accuracy": None, "best_epoch": float("nan")})
+    (logged,) = found(root)
     assert (logged.info.run_name, logged.info.status) == ("variant-0", "FINISHED")
     assert logged.data.params == {
         "seed": "0",
@@ -69,91 +82,158 @@ def test_a_run_has_the_cells_settings_metrics_and_tags(store, monkeypatch):
         "train.epochs": "2",
         "train.optimizer.name": "adam",
     }
-    assert logged.data.metrics == {"loss": 1.0, "val_accuracy": 0.5, "epoch_seconds": 0.25, "test_accuracy": 0.5}
+    assert logged.data.metrics == {"loss": 1.0, "val_accuracy": 0.5, "epoch_seconds": 0.25, "train_accuracy": 0.5}
     tags = logged.data.tags
     assert (tags["ablab.variant"], tags["ablab.seed"], tags["ablab.cell_hash"]) == ("variant", "0", "hash-0")
-    assert (tags["dvc.stage"], tags["dvc.exp_name"]) == ("train@variant-0", "try")
-    assert tags["ablab.host"] and int(tags["ablab.pid"]) > 0
+    assert (tags["dvc.stage"], tags["dvc.exp_name"], tags["dvc.path"]) == (
+        "train@variant-0",
+        "try",
+        "cells/variant/seed-0",
+    )
+    assert (tags["ablab.host"], tags["ablab.pid"]) == (socket.gethostname(), str(os.getpid()))
+    assert tags["ablab.tensorflow"].startswith("2.") and tags["git.dirty"] in ("true", "false")
+    (data,) = logged.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("digits", CARD["digest"][:36])
 
 
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError("broke"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
 )
-def test_a_run_that_does_not_end_well_says_why(store, error, status):
-    with pytest.raises(type(error)), tracking.cell_run(identity()):
+def test_a_run_that_does_not_end_well_says_why(root, error, status):
+    with pytest.raises(type(error)), live.cell_run(identity()):
         raise error
-    (logged,) = store()
+    (logged,) = found(root)
     assert logged.info.status == status
     assert logged.data.tags["ablab.reason"].startswith(type(error).__name__)
 
 
-def test_sync_makes_the_run_of_a_cell_from_the_cache_once(store):
-    first = tracking.sync(identity(), HISTORY, FINAL)
-    assert tracking.sync(identity(), HISTORY, FINAL) == first
-    (logged,) = store()
-    assert logged.info.status == "FINISHED"
-    assert logged.data.metrics == {"loss": 1.0, "val_accuracy": 0.5, "epoch_seconds": 0.25, **FINAL}
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from test_tracking import HISTORY, identity
+from ablation_lab.tracking import live
+with live.cell_run(identity()) as run:
+    run.epoch(HISTORY[0])
+    print("trains", flush=True)
+    time.sleep(60)
+"""
 
 
-def test_sync_adds_final_metrics_to_the_run_of_the_training(store, tmp_path):
-    with tracking.cell_run(identity()) as run:
+def test_a_training_that_is_killed_has_its_run_closed_at_once(root):
+    script = KILLED.format(tests=str(ROOT / "tests"))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout.readline() == "trains\n"
+        training.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not (root / "mlruns/mlflow.db").exists() or not (closed := _closed(root)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert closed == [("KILLED", "the process ended after epoch 1")]
+
+
+def _closed(root) -> list:
+    with closing(sqlite3.connect(root / "mlruns/mlflow.db")) as database:
+        try:
+            closed = "SELECT status, value FROM runs JOIN tags USING (run_uuid) WHERE key = ? AND status != 'RUNNING'"
+            return database.execute(closed, ("ablab.reason",)).fetchall()
+        except sqlite3.OperationalError:
+            return []  # its tables are being made
+
+
+def test_a_store_that_does_not_work_is_told_once_and_stops_nothing(root, capfd):
+    (root / "mlruns").write_text("a file where the folder should be")
+    with live.cell_run(identity()) as run:
         for row in HISTORY:
             run.epoch(row)
-    for _ in range(2):
-        assert tracking.sync(identity(), HISTORY, FINAL) == run.run_id
-    (logged,) = store()
-    assert logged.data.metrics["macro_f1"] == FINAL["macro_f1"]
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
-    assert [metric.step for metric in client.get_metric_history(run.run_id, "loss")] == [1, 2]
-    assert len(client.get_metric_history(run.run_id, "macro_f1")) == 1
+    assert capfd.readouterr().err.count("warning: MLflow does not take variant-0: ") == 1
 
 
-def test_a_store_that_does_not_work_is_told_and_stops_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    (tmp_path / "mlruns").write_text("a file where the folder should be")
-    with tracking.cell_run(identity()) as run:
-        run.epoch(HISTORY[0])
-    assert "warning: MLflow does not take variant-0: " in capsys.readouterr().err
+def test_a_server_that_never_answers_holds_nothing_up(root, monkeypatch, capfd):
+    monkeypatch.setattr(live, "PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with live.cell_run(identity()) as run:
+            for number in range(2000):
+                run.epoch(HISTORY[0] | {"epoch": number})
+            assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
+    assert "MLflow has not taken all of variant-0 in 1 s" in capfd.readouterr().err
 
 
-def test_sync_says_when_the_store_does_not_take_it(store, tmp_path, capsys):
-    tracking.open_store("study")
-    with closing(sqlite3.connect(tmp_path / "mlruns/mlflow.db")) as connection:
+def test_trouble_with_the_store_is_told(root):
+    store.open_store("study")
+    with closing(sqlite3.connect(root / "mlruns/mlflow.db")) as connection:
         connection.execute("DROP TABLE tags")
         connection.commit()
-    with pytest.raises(LabError, match=r"Expected MLflow's store\. Found: "):
-        tracking.sync(identity(), HISTORY, FINAL)
-    (tmp_path / "mlruns/mlflow.db").write_text("no database")
-    with pytest.raises(LabError, match=r"Expected MLflow's store\. Found: "):
-        tracking.close_orphans("study")
+    with pytest.raises(LabError, match=r"Expected MLflow's store\. Found: .*Call `ablab sync` when it works again"):
+        runs.close_orphans("study")
 
 
-def test_a_run_whose_process_is_gone_is_closed_with_its_epoch(store):
-    gone, alive = tracking.CellRun(identity(0)), tracking.CellRun(identity(1))
-    for run in (gone, alive):
-        run.start()
-        run.epoch(HISTORY[0])
-    finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    gone.tag({"ablab.pid": finished.stdout.strip()})
-    tracking.close_orphans("study")
-    found = {run.info.run_name: run for run in store()}
-    assert found["variant-0"].info.status == "KILLED"
-    assert found["variant-0"].data.tags["ablab.reason"] == "the process ended after epoch 1"
-    assert found["variant-1"].info.status == "RUNNING"
+def begin(seed: int, pid: int) -> str:
+    client, experiment = store.open_store("study")
+    tags = runs.tagged(identity(seed), "train") | {"ablab.pid": str(pid)}
+    run_id = client.create_run(experiment, run_name=f"variant-{seed}", tags=tags).info.run_id
+    runs.log(client, run_id, runs.epoch(HISTORY[0], 0))
+    return run_id
+
+
+def test_a_run_whose_process_is_gone_is_closed_with_its_epoch(root):
+    over = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    begin(0, int(over.stdout))
+    begin(1, os.getpid())
+    begin(2, 1)
+    with closing(sqlite3.connect(root / "mlruns/mlflow.db")) as connection:
+        # Its number belongs to a process that began later: another one.
+        connection.execute("UPDATE runs SET start_time = 0 WHERE name = 'variant-2'")
+        connection.commit()
+    runs.close_orphans("study")
+    by_name = {run.info.run_name: run for run in found(root)}
+    assert {name: run.info.status for name, run in by_name.items()} == {
+        "variant-0": "KILLED",
+        "variant-1": "RUNNING",
+        "variant-2": "KILLED",
+    }
+    assert by_name["variant-0"].data.tags["ablab.reason"] == "the process ended after epoch 1"
 
 
 def _train(seed: int) -> None:
-    with tracking.cell_run(identity(seed)) as run:
+    with live.cell_run(identity(seed)) as run:
         for row in HISTORY:
             run.epoch(row)
 
 
-def test_several_processes_may_open_a_store_that_is_not_there_yet(store, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
+def test_several_processes_may_open_a_store_that_is_not_there_yet(root, monkeypatch):
+    monkeypatch.setattr(live, "PATIENCE", 60)
+    with ThreadPool(4) as pool:  # each training has its own process that logs
         pool.map(_train, range(4), chunksize=1)
-    assert sorted(run.info.run_name for run in store()) == [f"variant-{seed}" for seed in range(4)]
-    assert {run.info.status for run in store()} == {"FINISHED"}
-    with sqlite3.connect(tmp_path / "mlruns/mlflow.db") as connection:
+    assert sorted(run.info.run_name for run in found(root)) == [f"variant-{seed}" for seed in range(4)]
+    assert {run.info.status for run in found(root)} == {"FINISHED"}
+    with closing(sqlite3.connect(root / "mlruns/mlflow.db")) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    connection.close()
+
+
+AFTERWARDS = """
+import sys
+from pathlib import Path
+from ablation_lab.tracking import store
+client, run_id = store.connect(), sys.argv[1]
+print(Path(client.download_artifacts(run_id, "note.txt")).read_text())
+client.log_artifact(run_id, "more.txt")
+"""
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_store_that_was_moved_finds_its_artifacts(tmp_path, monkeypatch, how):
+    old, new = tmp_path / "a folder", tmp_path / "another"
+    old.mkdir()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(old))
+    run_id = begin(0, os.getpid())
+    (tmp_path / "note.txt").write_text("here")
+    store.connect().log_artifact(run_id, str(tmp_path / "note.txt"))
+    shutil.move(old, new) if how == "moved" else shutil.copytree(old, new)
+    (tmp_path / "more.txt").write_text("there")
+    assert passed(run(tmp_path, "python", "-c", AFTERWARDS, run_id, DVC_ROOT=str(new))) == "here\n"
+    assert {path.name for path in new.rglob("*.txt")} == {"note.txt", "more.txt"}
+    assert {path.name for path in old.rglob("*.txt")} == (set() if how == "moved" else {"note.txt"})

@@ -39,8 +39,9 @@ def train(data: Path, out: Path, seed: int = 0, **sections):
     """Train a cell; returns the network, the result, and the rows reported after each epoch."""
     rows: list[dict] = []
     out.mkdir(exist_ok=True)
-    network, result = training.train(plan_of(**sections), seed, data, out, "test-0", rows.append)
-    return network, result, rows
+    plan = plan_of(**sections)
+    result = training.train(plan, seed, data, out, "test-0", rows.append)
+    return models.load(out, plan["model"]["builder"]), result, rows
 
 
 VARIED = {
@@ -182,7 +183,7 @@ def test_each_network_of_each_study_trains_for_a_step(noise, tmp_path, monkeypat
     rows: list[dict] = []
     spec = datasets.spec(chosen.data)
     data = noise[spec.image_shape, len(spec.classes)] / "data/processed"
-    _, result = training.train(plan, 0, data, tmp_path, name, rows.append)
+    result = training.train(plan, 0, data, tmp_path, name, rows.append)
     with np.load(tmp_path / cell.UNTRAINED) as untrained, np.load(tmp_path / cell.PREDICTIONS) as predictions:
         before, after = untrained["probabilities"], predictions["test_probabilities"][untrained["positions"]]
     assert len(rows) == 1

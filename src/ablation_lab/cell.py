@@ -75,6 +75,11 @@ def start_file(seed: int, root: Path = Path()) -> Path:
     return root / SELECTION / "start" / f"seed-{seed}.json"
 
 
+def study_name(root: Path = Path()) -> str:
+    """The current study's name."""
+    return YAML(typ="safe", pure=True).load((root / "params.yaml").read_text(encoding="utf-8"))["study"]["name"]
+
+
 def training_code(root: Path = Path()) -> dict[str, str]:
     """The library's files that the `train` stage depends on, as dvc.yaml lists them, each with its sha256; those of
     `finetune` are the same."""
@@ -83,8 +88,11 @@ def training_code(root: Path = Path()) -> dict[str, str]:
     return {path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in paths}
 
 
-def cell_hash(plan_hash: str, seed: int, data_digest: str, code: dict[str, str]) -> str:
-    """The sha256 of all that fixes a cell's result: resolved configuration, seed, processed data and training code."""
+def cell_hash(plan_hash: str, seed: int | None, data_digest: str, code: dict[str, str]) -> str:
+    """The sha256 of all that fixes a cell's result: resolved configuration, seed, processed data and training code.
+
+    Without a seed it is what a variant's cells have in common.
+    """
     identity = {"plan": plan_hash, "seed": seed, "data": data_digest, "code": code}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -127,7 +127,10 @@ def knockout(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures of any size and format that Pillow reads.")],
-    variant: Annotated[str, typer.Option("--variant", help="The variant whose network predicts.")],
+    variant: Annotated[
+        str,
+        typer.Option("--variant", help="The variant whose network predicts, or a model in MLflow: models:/…@champion."),
+    ],
     seed: Annotated[int | None, typer.Option("--seed", help="The study's first seed by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -146,23 +149,27 @@ def predict(
 @app.command()
 def sync() -> None:
     """Make MLflow agree with DVC's files."""
-    from ablation_lab import sync as syncing
+    from ablation_lab.tracking import mirror
 
-    receipt = syncing.sync(_project())
+    receipt = mirror.sync(_project())
     print(f"{len(receipt)} cells are in MLflow")
 
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
     """Open the MLflow UI on this study's store, at 127.0.0.1."""
-    from ablation_lab import tracking
+    from ablation_lab.tracking import runs, store
 
+    root = _project()
+    if store.is_server():
+        raise LabError(f"MLFLOW_TRACKING_URI: The store is a server: open {store.uri()} in a browser.")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise LabError(f"--port: Expected a free port. Found: {port} is in use. Try --port {port + 1}.")
-    tracking.close_orphans(params.load(_project() / "params.yaml").study.name)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.uri()]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    runs.close_orphans(params.load(root / "params.yaml").study.name)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri()]
+    # An entry point of this package's: MLflow's own pages, and the report's links to them.
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "ablation-lab"]
     # Without the job runner two processes serve the page instead of ten.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     print(f"http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)

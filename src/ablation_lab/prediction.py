@@ -1,6 +1,7 @@
 """Class probabilities of a user's own pictures, by the network of a trained cell."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from PIL import Image
 from ablation_lab import backend, cell, files, models, params, preprocess, selection
 from ablation_lab.errors import LabError
 
+LOGGED = ("models:/", "runs:/")  # what a model in MLflow's store begins with
+
 
 def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> list[dict[str, Any]]:
     """Predict pictures of any size; they are decoded and resized as the study's own were.
@@ -17,8 +20,8 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     A network that takes any size sees a picture in its own size and aspect ratio.
 
     Args:
-        variant: a variant of the current study.
-        seed: one of the study's seeds; None takes the first.
+        variant: a variant of the current study, or a model in MLflow such as `models:/<study>@champion`.
+        seed: one of the study's seeds; None takes the first. A model in MLflow has its own.
 
     Returns:
         For each picture `image`, `variant`, `seed`, `label` (the most probable class) and `probabilities` by class.
@@ -26,6 +29,8 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
     Raises:
         LabError: for an unknown variant or seed, a cell that is not trained, a picture that can't be read.
     """
+    if variant.startswith(LOGGED):
+        return _logged(variant, seed, images)
     study = params.load(root / "params.yaml")
     if variant in study.second_names:
         study = selection.both_phases(study, root)
@@ -38,20 +43,43 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         raise LabError(f"--seed: Expected one of {', '.join(map(str, study.seeds))}. Found: {seed}.")
     card = files.read_json(root / "data" / "processed" / "card.json")
     any_size = getattr(study.variants[variant].model, "any_size", False)
-    pictures = [_read(path, study.data, card, any_size) for path in images]
+    size = card["image_shape"]
+    pictures = [_read(path, study.data.resize, size, any_size) for path in images]
     folder = cell.folder(variant, seed, root)
     trained = files.read_json(folder / cell.RESULT)
     if "plan_hash" in trained and trained["plan_hash"] != _plan_hash(cell.plan_file(variant, root), study, variant):
         print(f"warning: {variant} was trained with other settings than those of params.yaml", file=sys.stderr)
     backend.set_up(study.variants[variant].train.threads)
     network = models.load(folder, study.variants[variant].model.builder)
-    found = []
-    for path, picture in zip(images, pictures, strict=True):
-        probabilities = network.predict(picture[np.newaxis], verbose=0)[0].astype(float)
-        by_class = dict(zip(card["classes"], probabilities.tolist(), strict=True))
-        label = card["classes"][int(probabilities.argmax())]
-        found.append({"image": str(path), "variant": variant, "seed": seed, "label": label, "probabilities": by_class})
-    return found
+    probabilities = [network.predict(picture[np.newaxis], verbose=0)[0] for picture in pictures]
+    return _told(images, variant, seed, card["classes"], probabilities)
+
+
+def _logged(uri: str, seed: int | None, images: list[Path]) -> list[dict[str, Any]]:
+    """What a model in MLflow makes of pictures; it knows by itself how they are resized."""
+    from ablation_lab.tracking import served  # MLflow takes seconds
+
+    model, about = served.load(uri)
+    if seed not in (None, about["seed"]):
+        raise LabError(f"--seed: Expected {about['seed']}, that of {uri}. Found: {seed}.")
+    pictures = [_read(path, about["data"]["resize"], about["image_shape"], about["any_size"]) for path in images]
+    probabilities = [model.predict(picture[np.newaxis])[0] for picture in pictures]
+    return _told(images, about["variant"], about["seed"], about["classes"], probabilities)
+
+
+def _told(
+    images: list[Path], variant: str, seed: int, classes: list[str], probabilities: list[np.ndarray]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "image": str(path),
+            "variant": variant,
+            "seed": seed,
+            "label": classes[int(one.argmax())],
+            "probabilities": dict(zip(classes, one.astype(float).tolist(), strict=True)),
+        }
+        for path, one in zip(images, probabilities, strict=True)
+    ]
 
 
 def _plan_hash(path: Path, study: params.Params, variant: str) -> str:
@@ -59,12 +87,11 @@ def _plan_hash(path: Path, study: params.Params, variant: str) -> str:
     return params.digest(params.canonical_json(files.read_json(path) | study.variants[variant].resolved()))
 
 
-def _read(path: Path, data: params.Data, card: dict[str, Any], any_size: bool) -> np.ndarray:
+def _read(path: Path, resize: preprocess.Resize, shape: Sequence[int], any_size: bool) -> np.ndarray:
+    height, width, channels = shape
+    size = None if any_size else [height, width]
     try:
         with Image.open(path) as image:
-            height, width, channels = card["image_shape"]
-            return preprocess.prepare(
-                image, None if any_size else [height, width], "grayscale" if channels == 1 else "rgb", data.resize
-            )
+            return preprocess.prepare(image, size, "grayscale" if channels == 1 else "rgb", resize)
     except preprocess.UNREADABLE as error:
         raise LabError(f"{path}: Expected a picture that Pillow can read. Found: {preprocess.reason(error)}") from None

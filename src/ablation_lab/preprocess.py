@@ -22,6 +22,7 @@ from ablation_lab.errors import LabError
 
 PARTS = ("train", "validation", "test")
 BLOCK_BYTES = 8 << 20  # what is decoded at once, so that memory does not grow with the data set
+Resize = Literal["stretch", "pad", "crop"]
 NAMED = 10  # of the pictures that are left out
 
 
@@ -74,7 +75,7 @@ def prepare(
     image: Image.Image,
     image_size: list[int] | None,
     color: Literal["rgb", "grayscale"],
-    resize: Literal["stretch", "pad", "crop"],
+    resize: Resize,
 ) -> np.ndarray:
     """An opened picture as the uint8 array (height, width, channels) that networks are fed.
 

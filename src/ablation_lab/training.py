@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline, tracking
+from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
+from ablation_lab.tracking import live
 
 PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
 SHOWN = 8  # test pictures whose probabilities are also written for the untrained network
@@ -43,25 +44,28 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
     card = files.read_json(root / DATA / "card.json")
     code = cell.training_code(root)
     plan_hash = hashlib.sha256(plan_file.read_bytes()).hexdigest()
-    cell_hash = cell.cell_hash(plan_hash, seed, card["digest"], code)
+    cell_hash, variant_hash = (cell.cell_hash(plan_hash, one, card["digest"], code) for one in (seed, None))
     out = cell.folder(variant, seed, root)
     twin = cell.finished_twin(root / "cells", out, cell_hash)
-    identity = tracking.Identity(tracking.study_name(root), variant, seed, cell_hash, plan)
-    with tracking.cell_run(identity) as run:
+    made = live.provenance()
+    identity = live.Identity(cell.study_name(root), variant, seed, cell_hash, variant_hash, plan, card, made)
+    with live.cell_run(identity) as run:
         if twin:
             print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
             take_over(twin, out)
-            network, result = models.load(out, plan["model"]["builder"]), files.read_json(out / cell.RESULT)
+            result = files.read_json(out / cell.RESULT)
             for row in cell.history(out):
                 run.epoch(row)
         else:
             start = cell.start(seed, root) if "start" in plan else None
             with files.whole(out) as folder:
-                network, result = train(plan, seed, root / DATA, folder, identity.name, run.epoch, start)
-                result |= {"cell_hash": cell_hash, "plan_hash": plan_hash, "data_digest": card["digest"]}
+                result = train(plan, seed, root / DATA, folder, identity.name, run.epoch, start)
+                result |= {"cell_hash": cell_hash, "variant_hash": variant_hash}
+                result |= {"plan_hash": plan_hash, "data_digest": card["digest"]}
                 files.write_json(folder / cell.RESULT, result)
+                timing = files.read_json(folder / cell.TIMING)
+                files.write_json(folder / cell.TIMING, timing | {"made": made})
         run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
-        run.model(network, card["classes"])
     return result
 
 
@@ -73,7 +77,7 @@ def train(
     name: str,
     report: EpochReport,
     start: Path | None = None,
-) -> tuple[keras.Model, dict[str, Any]]:
+) -> dict[str, Any]:
     """Train one cell and write its files to `out`; all but `timing.json` are the same bytes every time.
 
     Where the plan says so, the network's frozen prefix is computed once, and the rest is trained on what it gives.
@@ -89,9 +93,9 @@ def train(
         start: the weights to start from; None are new ones, and a ready-made backbone's own.
 
     Returns:
-        The trained network with the kept weights, and the result for `cell.json`.
+        The result for `cell.json`.
     """
-    started = time.perf_counter()
+    started, clock = time.time(), time.perf_counter()
     settings, model = plan["train"], plan["model"]
     device = backend.set_up(settings["threads"])
     keras.utils.clear_session()  # names are counted, and they are part of what is written
@@ -168,13 +172,14 @@ def train(
         "validation_loss": None if recorder.diverged else recorder.history[(recorder.best_epoch or 1) - 1]["val_loss"],
     }
     timing = {
+        "started": round(started, 3),  # seconds since 1970
         "device": device,
         "threads": settings["threads"],
-        "epoch_seconds": [round(seconds, 4) for seconds in recorder.seconds],
-        "total_seconds": round(time.perf_counter() - started, 4),
+        "epoch_seconds": recorder.seconds,
+        "total_seconds": round(time.perf_counter() - clock, 4),
     }
     files.write_json(out / cell.TIMING, timing)
-    return network, result
+    return result
 
 
 def _accuracy(predictions: dict[str, Any], part: str) -> float:
@@ -220,11 +225,11 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         logs = logs or {}
-        self.seconds.append(time.perf_counter() - self._started)
-        row = {"epoch": epoch + 1} | {
-            name: float(logs[name]) for name in ("loss", "accuracy", "val_loss", "val_accuracy")
-        }
-        row["learning_rate"] = self._learning_rate
+        self.seconds.append(round(time.perf_counter() - self._started, 4))
+        values = {name: logs[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")}
+        values["learning_rate"] = self._learning_rate
+        # The shortest numbers that are the same float32: what history.csv has, and so what MLflow is told.
+        row = {"epoch": epoch + 1} | {name: float(str(np.float32(value))) for name, value in values.items()}
         self.history.append(row)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["val_loss"])):
             self.diverged = True

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
@@ -256,31 +257,78 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
         axes.set_title(_wrap(name, 30), fontweight="bold")
         counts = material.confusion(name)
         shares = np.full((len(names), len(names)), np.nan) if counts is None else _row_shares(counts)
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        image = _confusion(axes, shares, names)
         if counts is None:
             axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
-        axes.spines[:].set_visible(True)
-        if len(names) <= MANY:
-            ticks = [drawing.short(one, 12) for one in names]
-            size = 11 if len(names) <= 4 else 8
-            axes.set_xticks(range(len(names)), ticks, rotation=0 if len(names) <= 2 else 90, fontsize=size)
-            axes.set_yticks(range(len(names)), ticks, fontsize=size)
-            axes.tick_params(length=0)
-            for actual, predicted in np.argwhere(np.round(100 * np.nan_to_num(shares)) >= 1):
-                share = shares[actual, predicted]
-                color = "white" if share > 0.55 else "#222222"
-                axes.text(predicted, actual, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=size)
-        if index % columns == 0:
-            axes.set_ylabel("actual class" + (" (number)" if len(names) > MANY else ""))
-        if index >= len(study.variants) - columns:
-            axes.set_xlabel("predicted class" + (" (number)" if len(names) > MANY else ""))
+        if index % columns:
+            axes.set_ylabel("")
+        if index < len(study.variants) - columns:
+            axes.set_xlabel("")
     if image is not None:
-        percent = FuncFormatter(_percent)
-        bar = figure.colorbar(image, ax=panels, location="bottom", pad=0.02, shrink=0.5, aspect=30, format=percent)
-        bar.set_label("share of the actual class")
+        _confusion_scale(figure, image, panels)
     caption = "Per cent of each actual class, the test part, all seeds together. Shares below 0.5 % are left blank."
     alt = f"Confusion matrices of {len(study.variants)} variants; the most confused pairs are in the table below."
     return figure, "Confusion matrices", alt, caption
+
+
+def _confusion(axes: Axes, shares: np.ndarray, names: list[str]) -> AxesImage:
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+    if len(names) <= MANY:
+        ticks = [drawing.short(one, 12) for one in names]
+        size = 11 if len(names) <= 4 else 8
+        axes.set_xticks(range(len(names)), ticks, rotation=0 if len(names) <= 2 else 90, fontsize=size)
+        axes.set_yticks(range(len(names)), ticks, fontsize=size)
+        axes.tick_params(length=0)
+        for actual, predicted in np.argwhere(np.round(100 * np.nan_to_num(shares)) >= 1):
+            share = shares[actual, predicted]
+            color = "white" if share > 0.55 else "#222222"
+            axes.text(predicted, actual, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=size)
+    axes.set_ylabel("actual class" + (" (number)" if len(names) > MANY else ""))
+    axes.set_xlabel("predicted class" + (" (number)" if len(names) > MANY else ""))
+    return image
+
+
+def _confusion_scale(figure: Figure, image: AxesImage, axes: Any) -> None:
+    percent = FuncFormatter(_percent)
+    bar = figure.colorbar(image, ax=axes, location="bottom", pad=0.02, shrink=0.5, aspect=30, format=percent)
+    bar.set_label("share of the actual class")
+
+
+def draw_cell(
+    name: str, history: list[dict[str, float]], confusion: list[list[int]] | None, classes: list[str], folder: Path
+) -> None:
+    """Draw what MLflow shows of one cell: `curves.png` and, where the test part is scored, `confusion_matrix.png`.
+
+    Args:
+        name: the cell's, for the titles.
+        history: rows of its history.csv.
+        confusion: counts of the test part, actual × predicted.
+    """
+    with matplotlib.rc_context(STYLE), _any_glyphs():
+        figure = Figure(figsize=(WIDTH, 6), layout="constrained")
+        panels = figure.subplots(2, 1, sharex=True)
+        epochs = [row["epoch"] for row in history]
+        for axes, key in zip(panels, ("accuracy", "loss"), strict=True):
+            for column, color, line, label in (
+                (key, "#D55E00", "--", "training"),
+                (f"val_{key}", "#0072B2", "-", "validation"),
+            ):
+                axes.plot(epochs, [row[column] for row in history], line, color=color, label=label, marker=".")
+            axes.set_ylabel(key)
+        panels[0].set_title(name, fontweight="bold")
+        panels[0].yaxis.set_major_formatter(FuncFormatter(_percent))
+        panels[0].legend()
+        panels[1].set_xlabel("epoch")
+        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        figure.savefig(folder / "curves.png")
+        if confusion:
+            figure = Figure(figsize=(WIDTH, WIDTH + 1), layout="constrained")
+            axes = figure.subplots()
+            axes.set_title(f"{name}, test part", fontweight="bold")
+            _confusion_scale(figure, _confusion(axes, _row_shares(np.array(confusion)), classes), axes)
+            figure.savefig(folder / "confusion_matrix.png")
 
 
 def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str]:

@@ -32,6 +32,7 @@ SEALED = (
     "were chosen. `study.test: scored` scores the test part, once the choice is made; nothing is trained for it."
 )
 EMPHASIS = r"`([^`]+)`|(?<!\w)\*(?=\S)([^*`]+)(?<=\S)\*(?!\w)"  # of a note: `code` and *emphasis*, as in Markdown
+UI = "http://127.0.0.1:5000"  # where `ablab ui` is
 LISTED = 20  # classes up to which tables list all of them
 
 
@@ -41,7 +42,7 @@ class Table:
 
     Args:
         name: what it shows, for its caption.
-        columns: heading → kind: `l` text, `r` numbers, `v` a verdict.
+        columns: heading → kind: `l` text, `r` numbers, `v` a verdict, `a` a link: its text and its address.
         rows: a cell is a text or a list of lines; the first cell heads its row.
         note: how to read it.
     """
@@ -583,11 +584,13 @@ def _cells(study: Params, material: Material, text: _Format) -> Table:
                     NONE if loss is None else f"{loss:.3f}",
                     NONE if f1 is None else f"{f1:.3f}",
                     _seconds(material.timings["variants"][name]["cells"][seed]["total_seconds"]),
+                    [cell["cell_hash"][:8], f"{UI}/cells/{cell['cell_hash']}/{name}"],
                 ]
             )
     columns = {"Cell": "l", "Status": "l", "Epochs": "r", "Best epoch": "r", "Training": "r", "Validation": "r"}
-    columns |= {"Test": "r", "Test loss": "r", "Macro F1": "r", "Seconds": "r"}
-    return Table("Cells", columns, rows, "One variant trained with one seed is a cell.")
+    columns |= {"Test": "r", "Test loss": "r", "Macro F1": "r", "Seconds": "r", "In MLflow": "a"}
+    note = "One variant trained with one seed is a cell. The links lead to its run while `ablab ui` runs."
+    return Table("Cells", columns, rows, note)
 
 
 def _layers(name: str, network: dict[str, Any]) -> Table:

@@ -1,0 +1,131 @@
+"""A training's run in MLflow, written by a process of its own (`logger`).
+
+So a store that is slow or gone never holds a training up, MLflow is imported while TensorFlow works, and the run of a
+training that is killed is closed all the same. What the store has missed is added by the next `track`.
+"""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+PATIENCE = 10  # seconds that the store has after a training for what it has not taken yet
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is of.
+
+    Args:
+        study: the study's name, MLflow's experiment.
+        variant, seed: the cell.
+        cell_hash: of all that fixes the cell's result.
+        variant_hash: the same without the seed.
+        plan: the resolved configuration, the run's parameters.
+        card: the data card of the processed data.
+        made: what the training is made with, as `provenance` tells it.
+    """
+
+    study: str
+    variant: str
+    seed: int
+    cell_hash: str
+    variant_hash: str
+    plan: dict[str, Any]
+    card: dict[str, Any]
+    made: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+
+def provenance() -> dict[str, str]:
+    """What a training is made with, as MLflow's tags: commit, experiment of DVC's, process, machine, versions."""
+    commit = _git("rev-parse", "HEAD")
+    names = ("tensorflow", "keras", "numpy", "dvc", "mlflow")
+    tags = {
+        "git.commit": commit,
+        # DVC writes its lock while it runs.
+        "git.dirty": str(bool(_git("status", "--porcelain", "--", ".", ":!dvc.lock"))).lower() if commit else "",
+        "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
+        "ablab.host": socket.gethostname(),
+        "ablab.pid": str(os.getpid()),
+        "ablab.platform": platform.platform(),
+        "ablab.python": platform.python_version(),
+    } | {f"ablab.{name}": version(name) for name in names}
+    return {key: value for key, value in tags.items() if value}
+
+
+def _git(*command: str) -> str:
+    # Without its lock: a commit of the user's may be under way.
+    try:
+        found = subprocess.run(["git", "--no-optional-locks", *command], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""  # git is not installed
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+class CellRun:
+    """One cell's run while it is trained. Trouble with the store is told once and never stops the training."""
+
+    def __init__(self, identity: Identity):
+        self.identity = identity
+        command = [sys.executable, "-m", "ablation_lab.tracking.logger"]
+        # A session of its own: Ctrl-C is for the training, which says how it ended.
+        self._logger = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+        )
+        self._send(identity=asdict(identity), stage=os.environ.get("DVC_STAGE") or f"train@{identity.name}")
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Log one row of the history at its epoch's number."""
+        self.metrics({key: value for key, value in row.items() if key != "epoch"}, int(row["epoch"]))
+
+    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log some metrics; those that don't exist (None) or are no numbers are left out."""
+        self._send(metrics=dict(values), step=step, time=int(time.time() * 1000))
+
+    def end(self, status: str = "FINISHED", reason: str = "") -> None:
+        """Close the run as FINISHED, FAILED or KILLED, and wait a little for what the store has still to take."""
+        self._send(status=status, reason=reason)
+        try:
+            if self._logger.stdin:
+                self._logger.stdin.close()
+            self._logger.wait(PATIENCE)
+        except BrokenPipeError:
+            pass  # the logger has said why it ended
+        except subprocess.TimeoutExpired:
+            self._logger.kill()
+            self._logger.wait()
+            lost = f"warning: MLflow has not taken all of {self.identity.name} in {PATIENCE} s"
+            print(f"{lost}; the stage `track` and `ablab sync` add the rest", file=sys.stderr)
+
+    def _send(self, **message: Any) -> None:
+        try:
+            if self._logger.stdin:
+                self._logger.stdin.write(json.dumps(message) + "\n")
+                self._logger.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # the logger has said why it ended; a closed pipe is a ValueError
+
+
+@contextmanager
+def cell_run(identity: Identity) -> Iterator[CellRun]:
+    """A run that ends as FINISHED, as KILLED after Ctrl-C or SIGTERM, as FAILED after any other exception."""
+    run = CellRun(identity)
+    try:
+        yield run
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        run.end("KILLED" if stopped else "FAILED", f"{type(error).__name__}: {error}"[:500])
+        raise
+    run.end()

@@ -1,0 +1,85 @@
+"""python -m ablation_lab.tracking.logger: writes a training's run, told by `live` in lines of JSON.
+
+What the store does not take is kept and tried again with what comes next. When the lines end before the training has
+said how it ended, it was killed, and so is its run.
+"""
+
+import json
+import sys
+import threading
+from queue import SimpleQueue
+from typing import Any, TextIO
+
+from ablation_lab.tracking.live import Identity
+
+Messages = SimpleQueue[dict[str, Any] | None]
+
+
+def main() -> int:
+    """Log until the training ends; 0 when the store has all of it."""
+    messages: Messages = SimpleQueue()
+    # Read at once, so that the training never waits for a full pipe.
+    threading.Thread(target=_read, args=(sys.stdin, messages), daemon=True).start()
+    first = messages.get()
+    if first is None:
+        return 1
+    run = Run(Identity(**first["identity"]), first["stage"])
+    run.flush()
+    while (message := messages.get()) is not None:
+        if "status" in message:
+            return 0 if run.end(message["status"], message["reason"]) else 1
+        run.add(message)
+        if messages.empty():
+            run.flush()
+    return 0 if run.end("KILLED") else 1
+
+
+def _read(lines: TextIO, messages: Messages) -> None:
+    for line in lines:
+        if line.endswith("\n"):  # not what a killed training has left of one
+            messages.put(json.loads(line))
+    messages.put(None)
+
+
+class Run:
+    """What of a training the store has, and what it has still to take."""
+
+    def __init__(self, identity: Identity, stage: str):
+        from ablation_lab.tracking import runs  # mlflow takes seconds, in which messages are read already
+
+        self.identity, self.epoch, self.told = identity, 0, False
+        self.live = runs.LiveRun(identity, stage)
+        self.metrics: list[tuple[dict[str, float], int, int]] = []
+
+    def add(self, message: dict[str, Any]) -> None:
+        self.epoch = max(self.epoch, message["step"])
+        self.metrics.append((message["metrics"], message["step"], message["time"]))
+
+    def flush(self) -> bool:
+        """Whether the store has taken all that it was told of."""
+        taken = self._tolerant(lambda: self.live.log(self.metrics))
+        if taken:
+            self.metrics = []
+        return taken
+
+    def end(self, status: str, reason: str = "") -> bool:
+        from ablation_lab.tracking import runs
+
+        reason = reason or (runs.killed(self.epoch) if status == "KILLED" else "")
+        return self.flush() and self._tolerant(lambda: self.live.end(status, reason))
+
+    def _tolerant(self, call) -> bool:
+        try:
+            call()
+        except Exception as error:  # MLflow, SQLAlchemy and the network each have their own
+            from ablation_lab.tracking import store
+
+            if not self.told:
+                print(f"warning: MLflow does not take {self.identity.name}: {store.first_line(error)}", file=sys.stderr)
+            self.told = True
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

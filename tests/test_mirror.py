@@ -1,0 +1,305 @@
+"""MLflow made to agree with the files, on cells that were trained for real."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import one_thread  # noqa: F401
+import pytest
+from conftest import TINY, agree, client_of, in_mlflow, new_project, passed, run
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from ablation_lab import params, prediction
+from ablation_lab.errors import LabError
+from ablation_lab.tracking import mirror, runs, served, store
+from stages import download, evaluate, plan, preprocess, report, select, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The tiny study, run by its stages in this process, all but `track`."""
+    folder = new_project(tmp_path_factory.mktemp("mirror") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for stage in (download, preprocess, plan):
+            stage.main()
+        for name in TINY["variants"]:
+            for seed in TINY["seeds"]:
+                train.main(name, seed)
+        for stage in (select, evaluate, report):
+            stage.main()
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of it to work in."""
+    folder = tmp_path / "project"
+    shutil.copytree(trained, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def test_live_runs_are_completed_and_a_second_time_changes_nothing(project: Path):
+    before = in_mlflow(project)
+    receipt = mirror.sync()
+    agree(project)
+    after = in_mlflow(project)
+    assert {name: run.info.run_id for name, run in after.items()} == receipt
+    assert {run.info.run_id for run in before.values()} == set(receipt.values())  # none was made anew
+    state = {run.info.run_id: run.to_dictionary() for run in after.values()}
+    assert mirror.sync() == receipt
+    assert {run.info.run_id: run.to_dictionary() for run in in_mlflow(project).values()} == state
+    versions = client_of(project).search_model_versions("name = 'tiny'")
+    assert len(versions) == 1
+
+
+def test_a_store_that_is_gone_is_made_from_the_files(project: Path):
+    mirror.sync()
+    live = in_mlflow(project)
+    shutil.rmtree(project / "mlruns")
+    mirror.sync()
+    agree(project)
+    rebuilt = in_mlflow(project)
+    for name, one in rebuilt.items():
+        assert one.data.params == live[name].data.params
+        logged = {key: value for key, value in live[name].data.metrics.items() if not key.startswith("system/")}
+        assert one.data.metrics == logged
+        assert one.data.tags["ablab.from"] == "files"
+        assert [data.dataset.digest for data in one.inputs.dataset_inputs] == [
+            data.dataset.digest for data in live[name].inputs.dataset_inputs
+        ]
+        assert one.info.end_time - one.info.start_time == pytest.approx(
+            1000 * json.loads((project / one.data.tags["dvc.path"] / "timing.json").read_text())["total_seconds"], abs=2
+        )
+
+
+def test_what_contradicts_the_files_or_is_there_twice_goes_to_the_trash(project: Path):
+    mirror.sync()
+    client, experiment = client_of(project), client_of(project).get_experiment_by_name("tiny").experiment_id
+    kept = in_mlflow(project)
+    one = next(mirror.records(params.load(project / "params.yaml"), project)).identity
+    for value in (0.123, None):
+        again = client.create_run(experiment, tags=runs.tagged(one, "train@x")).info.run_id
+        runs.log(client, again, runs.metrics({"loss": value}, 1, 0))
+        client.set_terminated(again)
+    mirror.sync()
+    agree(project)
+    assert {run.info.run_id for run in in_mlflow(project).values()} == {run.info.run_id for run in kept.values()}
+    client.set_tag(kept[one.name].info.run_id, mirror.SYNCED, "of other files")
+    client.log_metric(kept[one.name].info.run_id, "loss", 9.0, step=1)
+    mirror.sync()
+    agree(project)
+    assert in_mlflow(project)[one.name].info.run_id != kept[one.name].info.run_id
+
+
+def test_what_the_store_missed_of_a_training_is_added(project: Path):
+    client = client_of(project)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    record = next(mirror.records(params.load(project / "params.yaml"), project))
+    for one in runs.search(client, experiment):
+        if one.info.run_name == record.identity.name:
+            client.delete_run(one.info.run_id)
+    one = record.identity
+    half = client.create_run(experiment, tags=runs.tagged(one, "train@baseline-0")).info.run_id
+    runs.describe(client, half, one.plan, one.card)
+    runs.log(client, half, runs.epoch(record.history[0], 0))
+    client.set_terminated(half)
+    assert mirror.sync()[one.name] == half
+    agree(project)
+
+
+def test_a_parent_run_has_the_means_and_spreads(project: Path):
+    mirror.sync()
+    client = client_of(project)
+    found = runs.search(client, client.get_experiment_by_name("tiny").experiment_id)
+    parents = {run.info.run_name: run for run in found if run.data.tags["ablab.level"] == "variant"}
+    assert set(parents) == {"baseline", "no_dropout"}
+    results = json.loads((project / "reports/results.json").read_text())["variants"]
+    for name, parent in parents.items():
+        assert parent.data.metrics["test_accuracy"] == pytest.approx(results[name]["test_accuracy"]["mean"])
+        assert parent.data.metrics["test_accuracy_std"] == pytest.approx(results[name]["test_accuracy"]["std"])
+        assert parent.data.metrics["macs"] == results[name]["macs"]
+        assert [one.step for one in client.get_metric_history(parent.info.run_id, "val_accuracy")] == [1, 2]
+        for seed in (0, 1):
+            child = in_mlflow(project)[f"{name}-{seed}"]
+            assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert "model.dropout" in parents["no_dropout"].data.tags["mlflow.note.content"]
+    assert "A tiny study" in client.get_experiment_by_name("tiny").tags["mlflow.note.content"]
+
+
+def test_figures_are_artifacts(project: Path):
+    passed(run(project, "ablab", "sync"))  # MLflow remembers, for a process, where a run's artifacts are
+    for logged in in_mlflow(project).values():
+        folder = Path(logged.info.artifact_uri.removeprefix("file://")) / "figures"
+        assert {path.name for path in folder.iterdir()} == {"curves.png", "confusion_matrix.png"}
+        for path in folder.iterdir():
+            with Image.open(path) as picture:
+                assert picture.width > 600 and len(set(picture.convert("L").tobytes())) > 20  # something is drawn
+
+
+def test_the_champion_is_the_best_on_validation_and_predicts_as_the_report_says(project: Path):
+    mirror.sync()
+    results = json.loads((project / "reports/results.json").read_text())["variants"]
+    means = {
+        name: np.mean([cell["validation_accuracy"] for cell in one["cells"].values()]) for name, one in results.items()
+    }
+    best = max(means, key=lambda name: means[name])
+    model, about = served.load("models:/tiny@champion")
+    assert about["variant"] == best
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    pictures = np.load("data/processed/images.npy")[np.load("data/processed/test.npy")]
+    with np.load(f"cells/{best}/seed-{about['seed']}/predictions.npz") as file:
+        np.testing.assert_allclose(model.predict(pictures), file["test_probabilities"], atol=1e-6)
+    with pytest.raises(Exception, match=r"schema|type|uint8"):
+        model.predict(pictures.astype(np.float32))
+    with store.as_mlflows_own():
+        network = mlflow.keras.load_model("models:/tiny@champion")
+    np.testing.assert_allclose(network.predict(pictures, verbose=0), model.predict(pictures), atol=1e-6)
+    Image.fromarray(pictures[0, :, :, 0]).save("one.png")
+    (through,) = prediction.predict("models:/tiny@champion", None, [Path("one.png")], project)
+    (direct,) = prediction.predict(best, about["seed"], [Path("one.png")], project)
+    assert through == direct
+    with pytest.raises(LabError, match=r"models:/tiny@queen: Expected a model in sqlite"):
+        served.load("models:/tiny@queen")
+
+
+def test_another_choice_makes_another_champion_and_the_older_one_stays(project: Path):
+    mirror.sync()
+    client = client_of(project)
+    first = client.get_model_version_by_alias("tiny", "champion")
+    loser = ({"baseline", "no_dropout"} - {first.tags["ablab.variant"]}).pop()
+    for seed in (0, 1):
+        path = project / f"cells/{loser}/seed-{seed}/cell.json"
+        cell = json.loads(path.read_text())
+        path.write_text(json.dumps(cell | {"validation_accuracy": 1.0}))
+    mirror.sync()
+    assert in_mlflow(project)[f"{loser}-0"].data.metrics["validation_accuracy"] == 1.0  # the latest counts
+    second = client.get_model_version_by_alias("tiny", "champion")
+    assert (second.tags["ablab.variant"], int(second.version)) == (loser, 2)
+    assert len(client.search_model_versions("name = 'tiny'")) == 2
+
+
+def test_a_moved_project_serves_its_models(project: Path, tmp_path: Path, monkeypatch):
+    mirror.sync()
+    moved = tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    shutil.move(project, moved)
+    monkeypatch.chdir(moved)
+    mirror.sync()
+    agree(moved)
+    model, _ = served.load("models:/tiny@champion")
+    assert model.predict(np.load("data/processed/images.npy")[:1]).shape == (1, 10)
+
+
+def test_cells_that_are_not_there_yet_are_left_out(project: Path):
+    shutil.rmtree(project / "cells/no_dropout/seed-1")
+    shutil.rmtree(project / "evaluation")
+    assert list(mirror.sync()) == ["baseline-0", "baseline-1", "no_dropout-0"]
+    assert "test_accuracy" not in in_mlflow(project)["baseline-0"].data.metrics
+    assert client_of(project).search_model_versions("name = 'tiny'") == []
+
+
+KILLED_SYNC = """
+import os, signal
+from ablation_lab.tracking import mirror, served
+calls = []
+def log(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return known(*arguments)
+known, served.log = served.log, log
+mirror.sync()
+"""
+
+
+def test_a_sync_that_is_killed_is_finished_by_the_next_one(project: Path):
+    shutil.rmtree(project / "mlruns")
+    assert run(project, "python", "-c", KILLED_SYNC).returncode == -signal.SIGKILL
+    client = client_of(project)
+    found = runs.search(client, client.get_experiment_by_name("tiny").experiment_id)
+    assert sorted(one.info.status for one in found) == ["FINISHED", "RUNNING"]
+    mirror.sync()
+    agree(project)
+
+
+CUT_OFF = """
+import dataclasses, sys
+from pathlib import Path
+from ablation_lab import params
+from ablation_lab.tracking import live, mirror
+live.PATIENCE = 3
+record = next(mirror.records(params.load(), Path()))
+with live.cell_run(dataclasses.replace(record.identity, made=live.provenance())) as run:
+    run.epoch(record.history[0])
+    print("trains", flush=True)
+    sys.stdin.readline()
+    run.epoch(record.history[1])
+"""
+
+
+def test_a_server_that_dies_in_mid_training_gets_the_rest_later(project: Path, tmp_path: Path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "artifacts")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment, **quiet)
+    try:
+        client = MlflowClient(address, address)
+        _until(lambda: _answers(address))
+        training = subprocess.Popen(
+            [sys.executable, "-c", CUT_OFF],
+            env=os.environ | {"MLFLOW_TRACKING_URI": address},
+            **{key: subprocess.PIPE for key in ("stdin", "stdout", "stderr")},
+            text=True,
+        )
+        assert training.stdout.readline() == "trains\n"
+        _until(lambda: (one := client.get_experiment_by_name("tiny")) and runs.search(client, one.experiment_id))
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        started = time.monotonic()
+        _, errors = training.communicate("go on\n", timeout=60)
+        assert time.monotonic() - started < 10
+        assert training.returncode == 0 and "warning: MLflow " in errors
+        server = subprocess.Popen(command, env=environment, **quiet)
+        _until(lambda: _answers(address))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        mirror.sync()
+        agree(project, client=client)
+        model, _ = served.load("models:/tiny@champion")
+        assert model.predict(np.load("data/processed/images.npy")[:1]).shape == (1, 10)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _until(works) -> None:
+    deadline = time.monotonic() + 60
+    while not works():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)

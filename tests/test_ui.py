@@ -1,0 +1,1 @@
+"""`ablab ui` in a real browser, on cells that were trained for real."""
