@@ -120,6 +120,8 @@ def _load(arrays: Arrays, steps: tf.data.Dataset, batch, form: str) -> tf.data.D
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.deterministic = True
+    # There is nothing to tune, and the end of an iterator now and then waits for its tuning thread, some seconds.
+    options.autotune.enabled = False
     return steps.map(load).with_options(options).prefetch(2)
 
 
