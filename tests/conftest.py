@@ -131,6 +131,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+@pytest.fixture(scope="module")
+def trained_project(tmp_path_factory) -> Path:
+    """The tiny study, run by its stages in this process, all but `track`."""
+    # They bring TensorFlow, whose number of threads is fixed before its first operation.
+    import one_thread  # noqa: F401
+
+    from stages import download, evaluate, plan, preprocess, report, select, train
+
+    folder = new_project(tmp_path_factory.mktemp("mirror") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for stage in (download, preprocess, plan):
+            stage.main()
+        for name in TINY["variants"]:
+            for seed in TINY["seeds"]:
+                train.main(name, seed)
+        for stage in (select, evaluate, report):
+            stage.main()
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A fresh clone of the project with the tiny study committed."""

@@ -121,16 +121,9 @@ def test_predict_needs_a_trained_cell_then_predicts_pictures_of_any_size(folder:
     assert f"{picture}: {first['label']} " in passed(
         run(folder, "ablab", "predict", "--variant", "baseline", str(picture))
     )
-
-    for arguments, message in (
-        (["--variant", "basline", str(picture)], "--variant: Expected one of baseline, no_dropout. Found: basline."),
-        (["--variant", "baseline", "--seed", "9", str(picture)], "--seed: Expected one of 0, 1. Found: 9."),
-        (["--variant", "baseline", __file__], "Expected a picture that Pillow can read."),
-        (["--variant", "baseline", "nowhere.png"], "nowhere.png: Expected a picture"),
-    ):
-        done = run(folder, "ablab", "predict", *arguments)
-        assert done.returncode == 1
-        assert message in done.stderr
+    wrong = run(folder, "ablab", "predict", "--variant", "basline", str(picture))
+    assert wrong.returncode == 1
+    assert "--variant: Expected one of baseline, no_dropout. Found: basline." in wrong.stderr
 
 
 def test_ui_serves_the_studys_store_on_the_loopback_address(folder: Path):

@@ -15,38 +15,20 @@ import mlflow
 import numpy as np
 import one_thread  # noqa: F401
 import pytest
-from conftest import TINY, agree, client_of, in_mlflow, new_project, passed, run
+from conftest import agree, client_of, in_mlflow, passed, run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ablation_lab import params, prediction
 from ablation_lab.errors import LabError
 from ablation_lab.tracking import mirror, runs, served, store
-from stages import download, evaluate, plan, preprocess, report, select, train
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The tiny study, run by its stages in this process, all but `track`."""
-    folder = new_project(tmp_path_factory.mktemp("mirror") / "project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        for stage in (download, preprocess, plan):
-            stage.main()
-        for name in TINY["variants"]:
-            for seed in TINY["seeds"]:
-                train.main(name, seed)
-        for stage in (select, evaluate, report):
-            stage.main()
-    return folder
 
 
 @pytest.fixture
-def project(trained: Path, tmp_path: Path, monkeypatch) -> Path:
+def project(trained_project: Path, tmp_path: Path, monkeypatch) -> Path:
     """A copy of it to work in."""
     folder = tmp_path / "project"
-    shutil.copytree(trained, folder, symlinks=True)
+    shutil.copytree(trained_project, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder

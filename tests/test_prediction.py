@@ -1,4 +1,6 @@
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import one_thread  # noqa: F401
@@ -8,6 +10,7 @@ from PIL import Image
 
 from ablation_lab import cell, files, params, prediction, preprocess, training
 from ablation_lab.datasets import digits
+from ablation_lab.errors import LabError
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,20 @@ def test_pictures_that_are_not_square(root, tmp_path, variant):
         assert set(one) == {"image", "variant", "seed", "label", "probabilities"}
         assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert one["label"] == max(one["probabilities"], key=lambda name: one["probabilities"][name])
+
+
+@pytest.mark.parametrize(
+    ("variant", "seed", "path", "message"),
+    [
+        ("basline", None, "any.png", "--variant: Expected one of baseline, gap. Found: basline."),
+        ("baseline", 9, "any.png", "--seed: Expected one of 0, 1. Found: 9."),
+        ("baseline", None, __file__, "Expected a picture that Pillow can read."),
+        ("baseline", None, "nowhere.png", "nowhere.png: Expected a picture"),
+    ],
+)
+def test_mistakes_are_told(root, variant, seed, path, message):
+    with pytest.raises(LabError, match=re.escape(message)):
+        prediction.predict(variant, seed, [Path(path)], root)
 
 
 def test_a_network_for_any_size_sees_a_picture_in_its_own_size(root, tmp_path):

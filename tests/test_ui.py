@@ -1,1 +1,77 @@
 """`ablab ui` in a real browser, on cells that were trained for real."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import in_mlflow, passed, run
+from playwright.sync_api import Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+PATIENCE = 60_000  # milliseconds
+
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian's package chromium)")
+
+
+@pytest.fixture(scope="module")
+def address(trained_project: Path) -> Iterator[str]:
+    """Where the pages of the tiny study are."""
+    environment = os.environ | {"PYTHONPATH": str(trained_project / "src")}
+    subprocess.run(
+        [str(Path(sys.executable).parent / "ablab"), "sync"], cwd=trained_project, env=environment, check=True
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "ablab"), "ui", "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=trained_project, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as ui:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                assert time.monotonic() < deadline, "the UI did not answer"
+                time.sleep(0.5)
+        yield address
+        os.killpg(ui.pid, signal.SIGINT)
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(PATIENCE)
+        yield page
+        browser.close()
+
+
+def test_the_variants_of_a_study_are_compared_by_validation_accuracy(trained_project: Path, address: str, page: Page):
+    page.goto(f"{address}/studies/tiny")
+    found = {run_.data.tags["ablab.variant"] for run_ in in_mlflow(trained_project).values()}
+    for name in found:
+        expect(page.get_by_role("link", name=name, exact=True)).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("validation_accuracy", exact=True).first).to_be_visible()
+
+
+def test_a_link_of_the_report_leads_to_the_cells_run_and_its_figures(trained_project: Path, address: str, page: Page):
+    html = (trained_project / "reports/report.html").read_text()
+    links = re.findall(r'href="http://127\.0\.0\.1:5000(/cells/[^"]+)"', html)
+    logged = in_mlflow(trained_project)["baseline-0"]
+    (link,) = (link for link in links if logged.data.tags["ablab.cell_hash"] in link)
+    page.goto(address + link)
+    expect(page.get_by_role("heading", name="baseline-0")).to_be_visible(timeout=PATIENCE)
+    assert logged.info.run_id in page.url

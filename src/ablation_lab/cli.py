@@ -166,13 +166,15 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise LabError(f"--port: Expected a free port. Found: {port} is in use. Try --port {port + 1}.")
-    runs.close_orphans(params.load(root / "params.yaml").study.name)
+    study = params.load(root / "params.yaml").study.name
+    runs.close_orphans(study)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri()]
     # An entry point of this package's: MLflow's own pages, and the report's links to them.
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--app-name", "ablation-lab"]
     # Without the job runner two processes serve the page instead of ten.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    print(f"http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    print(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
+    print(f"The variants side by side: http://127.0.0.1:{port}/studies/{study}", flush=True)
     os.execvpe(command[0], command, environment)  # Ctrl-C and signals go to the server itself
 
 

@@ -30,6 +30,9 @@ FROM_TEST |= {key: key for key in ("macro_f1", *evaluation.BINARY)}
 SYNCED = "ablab.synced"  # the digest of what a run has from the files
 MODEL = "ablab.model_id"
 TIME = "epoch_seconds"
+# A view of MLflow's page as its button *Share* keeps one: the variants, the best on validation first.
+COLUMNS = (ACCURACY, f"{ACCURACY}_std", "test_accuracy", "test_accuracy_std", *SIZES)
+VIEW = {"orderByKey": f"metrics.`{ACCURACY}`", "orderByAsc": False, "runsHiddenMode": "FIRST_20_RUNS"}
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
 
@@ -159,12 +162,16 @@ class Mirror:
         self.known = {run.info.run_id: run for run in runs.search(self.client, self.experiment)}
 
     def describe(self) -> None:
-        """The study's title and notes as the experiment's description."""
+        """The study's title and notes as the experiment's description, and a view of its variants."""
         about = self.study.study
         title, source = about.title and f"**{about.title}**", about.source and f"Source: {about.source}"
         text = "\n\n".join(part for part in (title, about.notes, source) if part)
-        if text and self.client.get_experiment(self.experiment).tags.get(NOTE) != text:
-            self.client.set_experiment_tag(self.experiment, NOTE, text)
+        columns = (f"metrics.`{key}`" for key in COLUMNS)
+        view = VIEW | {"selectedColumns": list(columns), "searchFilter": f"tags.`ablab.level` = '{runs.VARIANT}'"}
+        known = self.client.get_experiment(self.experiment).tags
+        for key, value in {NOTE: text, f"mlflow.sharedViewState.{runs.VIEW}": json.dumps(view)}.items():
+            if value and known.get(key) != value:
+                self.client.set_experiment_tag(self.experiment, key, value)
 
     def cell(self, record: Record) -> Run:
         """The one finished run of a cell, with all that the files have."""

@@ -16,6 +16,7 @@ from ablation_lab.tracking import store
 from ablation_lab.tracking.live import Identity
 
 CELL, VARIANT = "cell", "variant"  # what a run is of: `ablab.level`
+VIEW = "variants"  # the view of MLflow's page that shows the latter
 REASON, HOST, PID = "ablab.reason", "ablab.host", "ablab.pid"
 DIGEST = 36  # letters that MLflow has for a data set's digest
 METRICS, PAIRS = 800, 100  # metrics, tags and parameters in a request: 1,000 in all

@@ -1,4 +1,5 @@
-"""MLflow's pages, and /cells/<hash>/<variant>, which leads to a cell's run: ids differ between stores, hashes don't."""
+"""MLflow's pages, and addresses that are the same in every store, as its ids aren't: /studies/<name> leads to a study's
+variants side by side, /cells/<hash>/<variant> to a cell's run."""
 
 from html import escape
 
@@ -7,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from ablation_lab.tracking import store
+from ablation_lab.tracking import runs, store
 
 
 def to_run(request: Request) -> Response:
@@ -25,4 +26,12 @@ def to_run(request: Request) -> Response:
     return HTMLResponse(f"<p>No run of the cell {escape(asked)} is in {where}. <code>ablab sync</code> adds it.", 404)
 
 
-app.router.routes.insert(0, Route("/cells/{cell_hash}/{variant}", to_run))
+def to_study(request: Request) -> Response:
+    """Go to the variants of a study, with the columns that compare them."""
+    found = store.connect().get_experiment_by_name(request.path_params["study"])
+    if found is None:
+        return HTMLResponse(f"<p>No study of this name is in {escape(store.uri())}.", 404)
+    return RedirectResponse(f"/#/experiments/{found.experiment_id}/runs?viewStateShareKey={runs.VIEW}")
+
+
+app.router.routes[:0] = [Route("/cells/{cell_hash}/{variant}", to_run), Route("/studies/{study}", to_study)]
