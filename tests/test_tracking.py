@@ -68,9 +68,12 @@ def test_a_run_has_the_cells_settings_metrics_tags_and_data(root, monkeypatch):
     with live.cell_run(identity()) as run:
         for row in HISTORY:
             run.epoch(row)
+            time.sleep(0.2)
         run.metrics({"train_accuracy": 0.5, "validation_accuracy": None, "best_epoch": float("nan")})
     (logged,) = found(root)
     assert (logged.info.run_name, logged.info.status) == ("variant-0", "FINISHED")
+    # The training's times, not those of the process that logs.
+    assert 400 <= logged.info.end_time - logged.info.start_time < 2000
     assert logged.data.params == {
         "seed": "0",
         "input.rescale": "unit",

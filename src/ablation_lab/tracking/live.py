@@ -48,6 +48,11 @@ class Identity:
         return f"{self.variant}-{self.seed}"
 
 
+def _now() -> int:
+    """Milliseconds since 1970, MLflow's time."""
+    return int(time.time() * 1000)
+
+
 def provenance() -> dict[str, str]:
     """What a training is made with, as MLflow's tags: commit, experiment of DVC's, process, machine, versions."""
     commit = _git("rev-parse", "HEAD")
@@ -84,7 +89,8 @@ class CellRun:
         self._logger = subprocess.Popen(
             command, stdin=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
         )
-        self._send(identity=asdict(identity), stage=os.environ.get("DVC_STAGE") or f"train@{identity.name}")
+        stage = os.environ.get("DVC_STAGE") or f"train@{identity.name}"
+        self._send(identity=asdict(identity), stage=stage, time=_now())
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Log one row of the history at its epoch's number."""
@@ -92,11 +98,11 @@ class CellRun:
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log some metrics; those that don't exist (None) or are no numbers are left out."""
-        self._send(metrics=dict(values), step=step, time=int(time.time() * 1000))
+        self._send(metrics=dict(values), step=step, time=_now())
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
         """Close the run as FINISHED, FAILED or KILLED, and wait a little for what the store has still to take."""
-        self._send(status=status, reason=reason)
+        self._send(status=status, reason=reason, time=_now())
         try:
             if self._logger.stdin:
                 self._logger.stdin.close()

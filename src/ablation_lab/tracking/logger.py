@@ -23,11 +23,11 @@ def main() -> int:
     first = messages.get()
     if first is None:
         return 1
-    run = Run(Identity(**first["identity"]), first["stage"])
+    run = Run(Identity(**first["identity"]), first["stage"], first["time"])
     run.flush()
     while (message := messages.get()) is not None:
         if "status" in message:
-            return 0 if run.end(message["status"], message["reason"]) else 1
+            return 0 if run.end(message["status"], message["reason"], message["time"]) else 1
         run.add(message)
         if messages.empty():
             run.flush()
@@ -44,11 +44,11 @@ def _read(lines: TextIO, messages: Messages) -> None:
 class Run:
     """What of a training the store has, and what it has still to take."""
 
-    def __init__(self, identity: Identity, stage: str):
+    def __init__(self, identity: Identity, stage: str, started: int):
         from ablation_lab.tracking import runs  # mlflow takes seconds, in which messages are read already
 
         self.identity, self.epoch, self.told = identity, 0, False
-        self.live = runs.LiveRun(identity, stage)
+        self.live = runs.LiveRun(identity, stage, started)
         self.metrics: list[tuple[dict[str, float], int, int]] = []
 
     def add(self, message: dict[str, Any]) -> None:
@@ -62,11 +62,11 @@ class Run:
             self.metrics = []
         return taken
 
-    def end(self, status: str, reason: str = "") -> bool:
+    def end(self, status: str, reason: str = "", ended: int | None = None) -> bool:
         from ablation_lab.tracking import runs
 
         reason = reason or (runs.killed(self.epoch) if status == "KILLED" else "")
-        return self.flush() and self._tolerant(lambda: self.live.end(status, reason))
+        return self.flush() and self._tolerant(lambda: self.live.end(status, reason, ended))
 
     def _tolerant(self, call) -> bool:
         try:

@@ -32,6 +32,7 @@ MODEL = "ablab.model_id"
 TIME = "epoch_seconds"
 # A view of MLflow's page as its button *Share* keeps one: the variants, the best on validation first.
 COLUMNS = (ACCURACY, f"{ACCURACY}_std", "test_accuracy", "test_accuracy_std", *SIZES)
+WIDTH = 165  # pixels of a column
 VIEW = {"orderByKey": f"metrics.`{ACCURACY}`", "orderByAsc": False, "runsHiddenMode": "FIRST_20_RUNS"}
 PARENT = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
@@ -166,8 +167,13 @@ class Mirror:
         about = self.study.study
         title, source = about.title and f"**{about.title}**", about.source and f"Source: {about.source}"
         text = "\n\n".join(part for part in (title, about.notes, source) if part)
-        columns = (f"metrics.`{key}`" for key in COLUMNS)
-        view = VIEW | {"selectedColumns": list(columns), "searchFilter": f"tags.`ablab.level` = '{runs.VARIANT}'"}
+        columns = [f"metrics.`{key}`" for key in COLUMNS]
+        view = VIEW | {
+            "selectedColumns": columns,
+            "columnOrder": columns,
+            "columnWidths": dict.fromkeys(columns, WIDTH),
+            "searchFilter": f"tags.`ablab.level` = '{runs.VARIANT}'",
+        }
         known = self.client.get_experiment(self.experiment).tags
         for key, value in {NOTE: text, f"mlflow.sharedViewState.{runs.VIEW}": json.dumps(view)}.items():
             if value and known.get(key) != value:

@@ -95,8 +95,8 @@ def here() -> dict[str, str]:
 class LiveRun:
     """The run of a training that goes on, with the machine's load every ten seconds. Each step may be tried again."""
 
-    def __init__(self, identity: Identity, stage: str):
-        self.identity, self.stage = identity, stage
+    def __init__(self, identity: Identity, stage: str, started: int):
+        self.identity, self.stage, self.started = identity, stage, started
         self.client: MlflowClient | None = None
         self.run_id = ""
         self.load: SystemMetricsMonitor | None = None
@@ -107,18 +107,18 @@ class LiveRun:
         if self.client is None:
             self.client, experiment = store.open_store(one.study)
             tags = tagged(one, self.stage)
-            self.run_id = self.client.create_run(experiment, run_name=one.name, tags=tags).info.run_id
+            self.run_id = self.client.create_run(experiment, self.started, tags, one.name).info.run_id
         if self.load is None:
             describe(self.client, self.run_id, {**one.plan, "seed": one.seed}, one.card)
             self.load = SystemMetricsMonitor(self.run_id, tracking_uri=store.uri())
             self.load.start()
         log(self.client, self.run_id, [metric for row in rows for metric in metrics(*row)])
 
-    def end(self, status: str, reason: str) -> None:
+    def end(self, status: str, reason: str, ended: int | None) -> None:
         if self.client and self.load:
             self.load.finish()
             log(self.client, self.run_id, tags={REASON: reason} if reason else {})
-            self.client.set_terminated(self.run_id, status)
+            self.client.set_terminated(self.run_id, status, ended)
 
 
 def search(client: MlflowClient, experiment: str, query: str = "") -> list[Run]:

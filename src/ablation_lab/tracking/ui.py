@@ -10,6 +10,8 @@ from starlette.routing import Route
 
 from ablation_lab.tracking import runs, store
 
+WORKFLOW = "workflowType=machine_learning"  # of MLflow's two, the one without language models
+
 
 def to_run(request: Request) -> Response:
     """Go to the finished run of a cell, or to its latest one."""
@@ -21,7 +23,7 @@ def to_run(request: Request) -> Response:
         same = [run for run in found if run.data.tags.get("ablab.variant") == request.path_params["variant"]] or found
         if same:
             run = next((run for run in same if run.info.status == "FINISHED"), same[0])
-            return RedirectResponse(f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}")
+            return RedirectResponse(f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{WORKFLOW}")
     where = escape(store.uri())
     return HTMLResponse(f"<p>No run of the cell {escape(asked)} is in {where}. <code>ablab sync</code> adds it.", 404)
 
@@ -31,7 +33,7 @@ def to_study(request: Request) -> Response:
     found = store.connect().get_experiment_by_name(request.path_params["study"])
     if found is None:
         return HTMLResponse(f"<p>No study of this name is in {escape(store.uri())}.", 404)
-    return RedirectResponse(f"/#/experiments/{found.experiment_id}/runs?viewStateShareKey={runs.VIEW}")
+    return RedirectResponse(f"/#/experiments/{found.experiment_id}/runs?{WORKFLOW}&viewStateShareKey={runs.VIEW}")
 
 
 app.router.routes[:0] = [Route("/cells/{cell_hash}/{variant}", to_run), Route("/studies/{study}", to_study)]
