@@ -33,7 +33,7 @@ CODE = (
     ".gitignore",
 )
 
-LONG = ("test_study.py", "test_training.py", "test_search.py", "test_two_phases.py")
+LONG = ("test_study.py", "test_mirror.py", "test_training.py", "test_two_phases.py", "test_cli.py")
 
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.
 TINY = {

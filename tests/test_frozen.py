@@ -53,6 +53,7 @@ def test_the_rest_on_features_is_the_whole_network(backbone, trainable, tensors)
     np.testing.assert_allclose(rest.predict(features(prefix), verbose=0), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_prefix_of_a_densely_connected_network_can_be_cut_off():
     built, trained = network("DenseNet121")
     layers = [layer for layer in built.layers if layer.weights]

@@ -161,6 +161,7 @@ def test_ctrl_c_leaves_everything_as_it_was(project: Path):
     assert "search-" not in passed(run(project, "dvc", "exp", "list", "--name-only", "--all"))
 
 
+@pytest.mark.slow
 def test_a_search_trains_each_combination_once_and_the_test_part_is_scored_for_the_selected_one(project: Path):
     write_params(project, SEALED)
     before = state(project)

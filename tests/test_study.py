@@ -24,10 +24,9 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def study(project: Path):
-    """A copy of the study to change; the project is put back afterwards."""
+    """A copy of the study to change; params.yaml is put back afterwards."""
     yield copy.deepcopy(TINY)
     write_params(project, TINY)
-    passed(run(project, "dvc", "repro", "train"))
 
 
 def test_everything_is_there(project: Path):

@@ -174,7 +174,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("study", "name"), NETWORKS.values())
+LARGE = ("scenes_densenet201", "scenes_resnet152")
+
+
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] in LARGE else ()) for one in NETWORKS.values()],
+)
 def test_each_network_of_each_study_trains_for_a_step(noise, tmp_path, monkeypatch, study, name):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # where features are kept
     chosen = STUDIES[study]

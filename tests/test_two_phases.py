@@ -94,6 +94,9 @@ def study(project: Path):
     write_params(project, STUDY)
 
 
+REPLANNED = ("image size", "backbone")
+
+
 def finetuned(output: str) -> list[str]:
     return re.findall(r"^Running stage 'finetune@(.+)'", output, re.MULTILINE)
 
@@ -185,7 +188,7 @@ def test_only_another_choice_retrains_the_second_phase(project: Path, study: dic
     assert finetuned(output) == []  # DVC remembers
 
 
-@pytest.mark.parametrize("change", ["weights", "image size", "backbone"])
+@pytest.mark.parametrize("change", ["weights", *(pytest.param(one, marks=pytest.mark.slow) for one in REPLANNED)])
 def test_other_weights_another_size_or_backbone_concern_all_cells(project: Path, study: dict, change):
     # `train` depends on its variant's plan and on the pictures: what other tests see it train for.
     def depended_on() -> list[bytes]:
