@@ -114,8 +114,8 @@ def test_four_queued_experiments_on_two_workers_into_a_store_that_is_not_there_y
     assert status.count("Success") == 4, status
     names = [line.split()[1] for line in status.splitlines() if "Success" in line]
     found = {name: _cells_of(project, name) for name in names}
-    # no_dropout overrides it: its cells are the same in all four.
-    assert sum(len(one) for one in found.values()) == 8 + 2
+    # no_dropout overrides it: its cells come from DVC's cache, and were trained by none of the four.
+    assert sum(len(one) for one in found.values()) == 8
     assert _runs(project, "RUNNING") == []
     for name in names:
         passed(run(project, "dvc", "exp", "apply", name))

@@ -217,10 +217,9 @@ class Mirror:
         one = record.identity
         tags = {"ablab.cell_hash": one.cell_hash, "ablab.variant": one.variant, "ablab.seed": str(one.seed)}
         found = [run for run in self._tagged(tags) if run.info.status == "FINISHED"]
-        # One that is known to agree comes first, then the one that the files' training has written.
-        own = [metric for metric in runs.epoch(record.history[-1], 0) if metric.key == TIME]
-        seconds = own[0].value if own else None
-        found.sort(key=lambda run: (run.data.tags.get(SYNCED) != record.digest, run.data.metrics.get(TIME) != seconds))
+        # The one that the files' own training has written comes first, then one that is known to agree.
+        seconds = record.history[-1][TIME]
+        found.sort(key=lambda run: (run.data.metrics.get(TIME) != seconds, run.data.tags.get(SYNCED) != record.digest))
         kept, lacking = None, record.metrics()
         for run in found:
             some = [] if run.data.tags.get(SYNCED) == record.digest else self._lacking(run, record)
