@@ -63,12 +63,12 @@ def cell(epochs: int) -> dict[str, float]:
     return {"epochs": epochs, "seconds": seconds, "waited": waited, "busy": busy}
 
 
-def sync(cells: int) -> float:
-    """Seconds of `ablab sync` a cell."""
+def sync() -> float:
+    """Seconds of `ablab sync` for the one cell."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "ablation_lab.cli", "sync"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return (time.perf_counter() - started) / cells
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -94,9 +94,9 @@ def main() -> None:
                 f"the process that logs {one['busy']:.1f} s of a processor: together at most "
                 f"{100 * cost / one['seconds']:.1f} %, waited alone {100 * one['waited'] / one['seconds']:.2f} %"
             )
-        print(json.dumps({"live run completed, s a cell": sync(1), "nothing to do": sync(1)}))
+        print(json.dumps({"live run completed, s a cell": sync(), "nothing to do": sync()}))
         shutil.rmtree("mlruns")
-        print(json.dumps({"run made from files, s a cell": sync(1)}))
+        print(json.dumps({"run made from files, s a cell": sync()}))
 
 
 if __name__ == "__main__":

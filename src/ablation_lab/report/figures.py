@@ -48,6 +48,8 @@ VERDICTS = {
     "indistinguishable": ("#666666", "o", "indistinguishable"),
     "undetermined": ("#E69F00", "D", "undetermined"),
 }
+# What a history's columns begin with, and how they are drawn.
+SIDES = (("", "#D55E00", "--", "training"), ("val_", "#0072B2", "-", "validation"))
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
 FEW, SMALL = 12, 64  # variants, and pixels of a picture, up to which the mistakes of each variant are shown
@@ -215,10 +217,8 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
             if not name:
                 axes.set_axis_off()
                 continue
-            for column, color, line, label in (
-                (key, "#D55E00", "--", "training"),
-                (f"val_{key}", "#0072B2", "-", "validation"),
-            ):
+            for prefix, color, line, label in SIDES:
+                column = prefix + key
                 mean = np.mean(_table(material, name, column), axis=1)
                 epochs = np.arange(1, len(mean) + 1)
                 shown = _moving_mean(mean) if smooth else mean
@@ -250,7 +250,6 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
     panels = figure.subplots(rows, columns, squeeze=False)
     image = None
     for index, (name, axes) in enumerate(zip([*study.variants, *[""] * columns], panels.flat, strict=False)):
-        axes.grid(False)
         if not name:
             axes.set_axis_off()
             continue
@@ -311,11 +310,8 @@ def draw_cell(
         panels = figure.subplots(2, 1, sharex=True)
         epochs = [row["epoch"] for row in history]
         for axes, key in zip(panels, ("accuracy", "loss"), strict=True):
-            for column, color, line, label in (
-                (key, "#D55E00", "--", "training"),
-                (f"val_{key}", "#0072B2", "-", "validation"),
-            ):
-                axes.plot(epochs, [row[column] for row in history], line, color=color, label=label, marker=".")
+            for prefix, color, line, label in SIDES:
+                axes.plot(epochs, [row[prefix + key] for row in history], line, color=color, label=label, marker=".")
             axes.set_ylabel(key)
         panels[0].set_title(name, fontweight="bold")
         panels[0].yaxis.set_major_formatter(FuncFormatter(_percent))

@@ -75,7 +75,7 @@ class Record:
         """All of them, each at the time when it was known."""
         found, clock = [], self.started
         for row in self.history:
-            clock += int(1000 * row["epoch_seconds"])
+            clock += int(1000 * row[TIME])
             found += runs.epoch(row, clock)
         return [*found, *runs.metrics(self.final, 0, self.ended)]
 
