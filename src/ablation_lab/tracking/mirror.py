@@ -1,6 +1,5 @@
 """MLflow made to agree with DVC's files: one finished run a cell, a parent run a variant, the champion."""
 
-import hashlib
 import json
 import tempfile
 import time
@@ -81,7 +80,7 @@ class Record:
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return params.digest(json.dumps(value, sort_keys=True))  # a diverged history has NaN
 
 
 def sync(root: Path = Path()) -> dict[str, str]:
