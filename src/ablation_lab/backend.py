@@ -5,6 +5,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 
@@ -34,10 +35,14 @@ with _quiet_stderr():
     import keras
     import numpy as np
     import tensorflow as tf
+    from keras.src.saving import saving_lib
 
     tf.config.list_physical_devices()
 gc.freeze()
 gc.enable()
+# Keras looks up what it knows of a layer's attributes under another name than it kept it, and so makes a layer for each
+# one that it loads or saves: a second and a half of each cell with DenseNet201.
+saving_lib.get_attr_skipset = cache(saving_lib.get_attr_skipset)
 atexit.register(gc.freeze)
 keras.config.set_floatx("float32")
 keras.config.set_epsilon(1e-7)

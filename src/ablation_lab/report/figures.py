@@ -501,7 +501,7 @@ PHOTOGRAPHS = ("samples", "probabilities", "mistakes")
 def _save(figure: Figure, file: Path, photographs: bool) -> None:
     """Write a PNG; one without photographs in 256 colours, half as large, so that the page stays small."""
     buffer = BytesIO()
-    figure.savefig(buffer, metadata={"Software": None})
+    figure.savefig(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 0})  # it is read at once
     with Image.open(buffer) as image:
         shown = image.convert("RGB")
         (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
