@@ -158,6 +158,44 @@ def test_the_champion_is_the_best_on_validation_and_predicts_as_the_report_says(
         served.load("models:/tiny@queen")
 
 
+def test_a_served_champion_answers_with_the_reports_probabilities(project: Path):
+    """docs/mlflow.md's command, and a request over HTTP."""
+    mirror.sync()
+    about = served.load("models:/tiny@champion")[1]
+    pictures = np.load("data/processed/images.npy")[np.load("data/processed/test.npy")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["mlflow", "models", "serve", "--model-uri", "models:/tiny@champion", "--env-manager", "local"]
+    server = subprocess.Popen(
+        [*command, "--port", str(port)],
+        env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlruns/mlflow.db"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.3)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            json.dumps({"inputs": pictures.tolist()}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            probabilities = json.load(answer)["predictions"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    with np.load(f"cells/{about['variant']}/seed-{about['seed']}/predictions.npz") as file:
+        np.testing.assert_allclose(probabilities, file["test_probabilities"], atol=1e-6)
+
+
 def test_another_choice_makes_another_champion_and_the_older_one_stays(project: Path):
     mirror.sync()
     client = client_of(project)
