@@ -95,9 +95,8 @@ def project(folder: Path, part: str, pictures: int = 800) -> None:
     made = study(part, "weights/random.weights.h5")
     with (folder / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(made, file)
-    script = "import keras, sys; keras.utils.set_random_seed(0); getattr(keras.applications, sys.argv[1])"
-    script += "(include_top=False, weights=None, input_shape=(128, 128, 3)).save_weights(sys.argv[2])"
-    call(folder, sys.executable, "-c", script, made["model"]["backbone"], "weights/random.weights.h5")
+    weights = [made["model"]["backbone"], "weights/random.weights.h5"]
+    call(folder, sys.executable, str(Path(__file__).resolve()), "--weights", *weights)
     call(folder, sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet")
 
 
@@ -155,6 +154,25 @@ def plain(folder: Path) -> None:
         print(f"{name}: {time.perf_counter() - started:.0f} s since the start", flush=True)
 
 
+def random_weights(backbone: str, path: str) -> None:
+    """Random weights, normalised: without it the features of 152 layers are so large that in training the last bits of
+    two equal networks become the first ones."""
+    from ablation_lab.backend import keras
+    from ablation_lab.models import transfer
+
+    keras.utils.set_random_seed(0)
+    function, preprocess = transfer.find(backbone)
+    network = function(include_top=False, weights=None, input_shape=(128, 128, 3))
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0  # one pass says all
+    some = [
+        np.asarray(Image.open(path).resize((128, 128)), np.float32) for path in sorted(Path().glob("pictures/*/1*.jpg"))
+    ]
+    network(preprocess(np.stack(some[:64])), training=True)
+    network.save_weights(path)
+
+
 def saved_predictions(folder: Path) -> None:
     """What the networks that the pipeline has saved make of the raw validation pictures, to saved/<variant>.npy."""
     from ablation_lab import models, params, pipeline
@@ -188,11 +206,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=800, help="800 by default, as the studies have")
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.plain:
         return plain(asked.plain)
     if asked.saved:
         return saved_predictions(asked.saved)
+    if asked.weights:
+        return random_weights(*asked.weights)
     for part in asked.parts:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(part, Path(folder), asked.pictures)
