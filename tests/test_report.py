@@ -19,7 +19,7 @@ from ablation_lab.report import figures, pages, results, write_report
 NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
 VOID = {"meta", "img", "br", "wbr"}
 FIGURES = {"accuracy", "difference", "curves", "train_validation", "gap", "confusions", "probabilities"}
-FIGURES |= {"samples", "histogram"}
+FIGURES |= {"samples", "histogram", "pareto", "calibration"}
 # Of the variants of `usual`.
 FIGURES |= {f"{kind}_{name}" for kind in ("mistakes", "network") for name in ("baseline", "no_dropout", "big_pool")}
 
@@ -85,7 +85,7 @@ def test_results_keep_the_contract(usual):
         keys = {"status", "cell_hash", "epochs", "best_epoch", "train_accuracy", "validation_accuracy", "test_accuracy"}
         assert all(set(cell) == keys | {"test_loss", "macro_f1"} for cell in variant["cells"].values())
         assert set(variant["test_accuracy"]) == {"mean", "std", "ci95"}
-        assert set(variant["delta"]) == {"mean", "ci95", "p_adjusted", "verdict"}
+        assert set(variant["delta"]) == {"mean", "ci95", "p_adjusted", "verdict", "seeds_needed"}
     assert set(found["variants"]["baseline"]["delta"].values()) == {None}
     assert found["variants"]["big_pool"]["delta"]["verdict"] == "worse"
     assert found["variants"]["no_dropout"]["reported"] == {"test_accuracy": 0.7286, "seconds": 298.71, "epochs": 200}
@@ -96,7 +96,7 @@ def test_results_keep_the_contract(usual):
 
 def test_timings_are_apart(usual):
     timings = json.loads((usual[0] / "reports/timings.json").read_text())
-    cell = {"seconds_per_epoch": 0.5, "total_seconds": 3.0, "device": "CPU", "threads": 1}
+    cell = {"seconds_per_epoch": 0.5, "epoch_seconds": [0.5] * 6, "total_seconds": 3.0, "device": "CPU", "threads": 1}
     assert timings["variants"]["big_pool"]["cells"]["2"] == cell
     assert timings["variants"]["big_pool"]["seconds_per_epoch"] == 0.5
     assert "seconds" not in (usual[0] / "reports/results.json").read_text().replace('"seconds": 298.71', "")
@@ -130,7 +130,7 @@ def test_both_pages_say_what_was_found(usual):
         assert f"{-100 * delta['mean']:.1f} points lower (95 % interval {low}" in text
         assert "the last block is never reached" in text
         assert "72.9\xa0%" in text and "299" in text and "model.dropout" in text
-        assert "count the chance of training only" in text
+        assert "The intervals count two sources of chance" in text
         assert "QUICK" not in text
 
 
@@ -281,7 +281,7 @@ def test_while_the_test_part_is_sealed_nothing_of_it_is_told(tmp_path):
         assert "diverged" not in text and "Confusion" not in text and "Test accuracy" not in text
     drawn = {path.stem for path in (tmp_path / "reports/figures").iterdir()}
     networks = {f"network_{name}" for name in study.variants}
-    assert drawn == networks | {"accuracy", "curves", "train_validation", "gap", "samples", "histogram"}
+    assert drawn == networks | {"accuracy", "pareto", "curves", "train_validation", "gap", "samples", "histogram"}
 
 
 def test_missing_results_are_named(tmp_path):
@@ -330,3 +330,124 @@ def test_stages_run_from_the_root(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Report: reports/report.html" in done.stdout and "wide" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def table_rows(root, study, name):
+    return {row[0]: row[1:] for row in pages.build(study, results.gather(study, root))[name].rows}
+
+
+def rewrite_curves(root, change):
+    curves = root / "evaluation/curves.csv"
+    table = pd.read_csv(curves)
+    change(table)
+    table.to_csv(curves, index=False)
+
+
+def test_seconds_to_an_accuracy_that_every_seed_of_the_baseline_reaches(tmp_path):
+    study = fabricate.study(("baseline", "slow", "half", "never"), seeds=(0, 1))
+    make(tmp_path, study)
+    reached = {
+        ("baseline", 0): [0.1, 0.2, 0.537, 0.4, 0.4, 0.4],
+        ("baseline", 1): [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        ("slow", 0): [0, 0, 0, 0, 0, 0.53],
+        ("slow", 1): [0, 0, 0, 0.9, 0, 0],
+        ("half", 0): [0.53, 0, 0, 0, 0, 0],
+        ("half", 1): [0.52] * 6,
+        ("never", 0): [0.52] * 6,
+        ("never", 1): [0.52] * 6,
+    }
+
+    def change(table):
+        for (name, seed), values in reached.items():
+            table.loc[(table.variant == name) & (table.seed == seed), "val_accuracy"] = values
+
+    rewrite_curves(tmp_path, change)
+    page = pages.build(study, results.gather(study, tmp_path))["costs"]
+    assert list(page.columns)[-1] == "Seconds to 53\xa0%"
+    spent = {row[0]: row[-1] for row in page.rows}  # half a second an epoch
+    assert spent == {"baseline": "2.25", "slow": "2.50", "half": ["0.50", "1 of 2 seeds"], "never": "never"}
+
+
+def test_what_was_seen_of_a_training_is_named(tmp_path):
+    study = fabricate.study(("baseline", "overfits", "early", "lost", "improving"), seeds=(0, 1))
+    object.__setattr__(study.variants["early"].train, "epochs", 20)
+    make(tmp_path, study, diverged=[("lost", 1)])
+
+    def change(table):
+        for name, losses in (("overfits", [1, 0.5, 0.6, 0.7, 0.8, 1.0]), ("early", [1, 0.9, 0.9, 0.9, 0.9, 0.9])):
+            table.loc[table.variant == name, "val_loss"] = losses * 2
+            table.loc[table.variant == name, "loss"] = [1, 0.9, 0.8, 0.7, 0.6, 0.5] * 2
+
+    rewrite_curves(tmp_path, change)
+    listed = json.loads((tmp_path / "evaluation/cells.json").read_text())
+    for one in listed:
+        one["best_epoch"] = 6 if one["variant"] == "improving" and one["seed"] == 0 else one["best_epoch"]
+    (tmp_path / "evaluation/cells.json").write_text(json.dumps(listed))
+    seen = {name: row[-1] for name, row in table_rows(tmp_path, study, "behaviour").items()}
+    assert seen["overfits"] == ["overfits after epoch 2: validation loss +100 %"]
+    assert seen["early"] == ["stopped early, after 6 of 20 epochs"]
+    assert seen["lost"][0] == "diverged: seed 1 in epoch 3"
+    assert seen["improving"] == ["still improving when it ended in 1 of 2 seeds"]
+    assert seen["baseline"] == ["settled"]
+
+
+def test_calibration_agrees_with_a_plain_computation(usual):
+    root, study, _ = usual
+    errors = []
+    for seed in study.seeds:
+        with np.load(root / f"cells/big_pool/seed-{seed}/predictions.npz") as arrays:
+            probabilities, labels = arrays["test_probabilities"].astype(float), arrays["test_labels"]
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+        error = 0.0
+        for low in np.arange(15) / 15:
+            some = (sure >= low) & (sure < low + 1 / 15)
+            if some.any():
+                error += some.mean() * abs(sure[some].mean() - right[some].mean())
+        errors.append(error)
+    row = {one[0]: one for one in pages.build(study, results.gather(study, root))["errors"]["calibration"].rows}
+    assert row["big_pool"][-1] == f"{100 * np.mean(errors):.1f}"
+
+
+def test_the_design_is_checked(tmp_path):
+    study = fabricate.study(("baseline", "two_at_once", "longer", "near"), seeds=(0,))
+    object.__setattr__(study.variants["longer"].train, "epochs", 12)
+    two = study.variants["two_at_once"]
+    object.__setattr__(two.model, "activation", "tanh")
+    make(tmp_path, study, pictures=100)
+    material = results.gather(study, tmp_path)
+    delta = material.results["variants"]["near"]["delta"]
+    material.results["variants"]["near"]["delta"] = delta | {"mean": 0.001}
+    told = dict(pages.build(study, material)["checks"])
+    names = {name: text for name, text in told.items() if "one setting" in text}
+    assert list(names) == ["two_at_once, longer"]
+    assert told["longer"].startswith("trained for 12 epochs") and "the budget is part of the change" in told["longer"]
+    assert any(
+        "near" in name and "100 test pictures can't tell such small differences" in text for name, text in told.items()
+    )
+
+
+def test_layers_that_differ_from_the_reference_are_marked(tmp_path):
+    study = fabricate.study(("baseline", "other"), seeds=(0,))
+    make(tmp_path, study)
+    path = tmp_path / "plan/networks/other.json"
+    network = json.loads(path.read_text())
+    network["layers"][0]["detail"] = "5×5, same"
+    network["layers"].insert(1, network["layers"][0] | {"name": "extra", "type": "Dropout", "parameters": 0})
+    path.write_text(json.dumps(network))
+    table = pages.build(study, results.gather(study, tmp_path))["layers"]["other"]
+    assert list(table.columns)[-1] == "Against baseline"
+    assert [row[-1] for row in table.rows] == ["differs", "new", "–"]
+    base = pages.build(study, results.gather(study, tmp_path))["layers"]["baseline"]
+    assert "Against baseline" not in base.columns
+
+
+def test_how_many_seeds_would_tell_is_said(usual):
+    root, study, _ = usual
+    material = results.gather(study, root)
+    one = material.results["variants"]["no_dropout"]
+    one["delta"] = {"mean": 0.004, "ci95": [-0.01, 0.018], "p_adjusted": 0.3, "verdict": "indistinguishable"}
+    for needed, told in ((17, "about 17 seeds would tell"), (None, "no number of seeds would tell")):
+        one["delta"]["seeds_needed"] = needed
+        texts = {finding["variant"]: finding["text"] for finding in pages.build(study, material)["findings"]}
+        assert told in texts["no_dropout"] and "8 % more parameters" in texts["no_dropout"].replace("\xa0", " ")

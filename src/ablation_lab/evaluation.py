@@ -25,6 +25,7 @@ from ablation_lab.params import Params
 
 PARTS = ("validation", "test")
 BINARY = ("precision", "recall", "roc_auc")  # of the second of two classes
+BINS = 15  # of confidence, as in Guo et al., On Calibration of Modern Neural Networks (2017)
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
 # What cell.json says about the fit itself, carried over as it is.
 FROM_CELL = ("status", "cell_hash", "plan_hash", "epochs", "best_epoch", "train_accuracy", "train_loss")
@@ -41,7 +42,10 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | Non
     Returns:
         accuracy, loss (cross-entropy, in nats), macro_f1, confusion (counts, actual × predicted) and per-class
         precision, recall and f1 (0 where a class is never predicted or absent); for two classes also precision,
-        recall and roc_auc of class 1. None when a probability is not a number: the training diverged.
+        recall and roc_auc of class 1. `calibration` has, for each of 15 equal ranges of confidence (the highest
+        probability), the number of pictures, the sum of their confidences and how many were right;
+        `calibration_error` is the mean distance of confidence and accuracy over the ranges (ECE). None when a
+        probability is not a number: the training diverged.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
@@ -60,7 +64,7 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | Non
         "macro_f1": float(np.mean(f1)),
         "confusion": confusion.tolist(),
         "per_class": {"precision": precision.tolist(), "recall": recall.tolist(), "f1": f1.tolist()},
-    }
+    } | _calibration(probabilities, labels)
     if len(classes) == 2:
         both = 0 < labels.sum() < len(labels)
         scores |= {
@@ -69,6 +73,23 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | Non
             "roc_auc": float(roc_auc_score(labels, probabilities[:, 1])) if both else None,
         }
     return scores
+
+
+def _calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    confidence = probabilities.max(axis=1)
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    sums = [
+        np.bincount(place, weights, BINS)
+        for weights in (np.ones(len(labels)), confidence, probabilities.argmax(axis=1) == labels)
+    ]
+    return {
+        "calibration_error": float(np.abs(sums[1] - sums[2]).sum() / len(labels)),
+        "calibration": {
+            "pictures": sums[0].astype(int).tolist(),
+            "confidence": np.round(sums[1], 6).tolist(),
+            "right": sums[2].astype(int).tolist(),
+        },
+    }
 
 
 def evaluate(study: Params, root: Path = Path()) -> None:

@@ -17,10 +17,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from ablation_lab import statistics
 from ablation_lab.params import Params
 from ablation_lab.report import drawing
 from ablation_lab.report.results import EXAMPLES, Material, validation_means
+from ablation_lab.report.wording import si
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
 WIDTH = 6.4  # inches; shown as wide as a text column, the text in a picture is then as large as the page's
@@ -48,6 +48,8 @@ VERDICTS = {
     "indistinguishable": ("#666666", "o", "indistinguishable"),
     "undetermined": ("#E69F00", "D", "undetermined"),
 }
+FRONT: dict[str, Any] = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "round", "zorder": 0}
+FEW_PICTURES = 10  # below which an accuracy of a range of confidence says nothing
 # What a history's columns begin with, and how they are drawn.
 SIDES = (("", "#D55E00", "--", "training"), ("val_", "#0072B2", "-", "validation"))
 LONG = 50  # epochs from which curves are smoothed
@@ -95,7 +97,7 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         color = _looks(study, name)["color"]
         values = [cell[key] for cell in variant["cells"].values() if cell[key] is not None]
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
-        mean, interval = _summary(variant, key)["mean"], _summary(variant, key)["ci95"]
+        mean, interval = _mean(variant, key), variant["test_accuracy"]["ci95"]  # the validation part has none
         if interval:
             axes.plot(interval, [row, row], color=color, linewidth=2, solid_capstyle="butt")
         if mean is not None:
@@ -109,24 +111,27 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         if key in variant["reported"]:
             reported = True
             axes.plot(variant["reported"][key], row, "*", color="white", markeredgecolor="#B00020", ms=13)
-    base = _summary(material.results["variants"][study.study.baseline], key)["mean"]
+    base = _mean(material.results["variants"][study.study.baseline], key)
     if base is not None:
         axes.axvline(base, color=BASELINE, linewidth=1, linestyle="--")
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.set_xlabel(f"{part} accuracy")
     axes.margins(x=0.06)
     caption = "Dots: seeds. Upright bar: their mean."
-    caption += " Line: 95 % interval of the mean over seeds." if len(study.seeds) > 1 else ""
+    if material.shown and len(study.seeds) > 1:
+        caption += " Line: 95 % interval of the mean, over seeds and test pictures."
     caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
-    means = {name: _summary(variant, key)["mean"] for name, variant in material.results["variants"].items()}
+    means = {name: _mean(variant, key) for name, variant in material.results["variants"].items()}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
     title = f"{part.capitalize()} accuracy"
     return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption
 
 
-def _summary(variant: dict[str, Any], key: str) -> dict[str, Any]:
-    return statistics.summarize([cell[key] for cell in variant["cells"].values()])
+def _mean(variant: dict[str, Any], key: str) -> float | None:
+    """Over the seeds; None where one of them diverged."""
+    values = [cell[key] for cell in variant["cells"].values()]
+    return None if None in values else float(np.mean(values))
 
 
 def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -157,7 +162,9 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
         figure.legend(loc="outside lower center", ncols=2 if len(set(seen)) > 3 else 3, columnspacing=1, fontsize=10)
     caption = "Variant minus baseline, in the one seed."
     if len(study.seeds) > 1:
-        caption = "Mean over seeds of variant minus baseline, paired by seed, with its 95 % interval over seeds."
+        caption = (
+            "Variant minus baseline, paired by seed and picture, with its 95 % interval over seeds and test pictures."
+        )
     told = "; ".join(
         f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
         for name, delta in others.items()
@@ -351,6 +358,77 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
     return figure, title, f"ROC curves of {len(labels)} variants; the areas under them are in the table above.", caption
 
 
+def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """Accuracy against three costs, and the variants that no other one beats in both."""
+    part = "test" if material.shown else "validation"
+    labels = {name: _wrap(name, 26) for name in study.variants}
+    figure = Figure(figsize=(WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    means = {name: _mean(one, f"{part}_accuracy") for name, one in material.results["variants"].items()}
+    told = []
+    for axes, (what, costs) in zip(panels, _costs(material).items(), strict=True):
+        points = {name: (costs[name], mean) for name, mean in means.items() if mean is not None and costs[name]}
+        best = [
+            name
+            for name, (cost, mean) in points.items()
+            if not any((c <= cost and m >= mean) and (c, m) != (cost, mean) for c, m in points.values())
+        ]
+        best.sort(key=lambda name: points[name])
+        axes.step(*zip(*(points[name] for name in best), strict=True) if best else ([], []), where="post", **FRONT)
+        for name, point in points.items():
+            looks = _looks(study, name)
+            marker = looks["marker"] or "*"
+            axes.plot(*point, marker, color=looks["color"], markersize=11 if marker == "*" else 8, label=labels[name])
+        axes.set_xlabel(what, fontsize=10)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.margins(x=0.12, y=0.12)
+        told.append(f"{what}: {', '.join(best)}")
+    panels[0].yaxis.set_major_formatter(FuncFormatter(_percent))
+    panels[0].set_ylabel(f"{part} accuracy")
+    if told[0].rpartition(": ")[2]:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+    caption = "Grey: the variants that none is both as cheap and as accurate as (the Pareto front). Star: the baseline."
+    return figure, "Accuracy against cost", f"Accuracy against cost; on the Pareto front of {'; '.join(told)}.", caption
+
+
+def _costs(material: Material) -> dict[str, dict[str, float]]:
+    timings = material.timings["variants"]
+    return {
+        "parameters": {name: one["parameters"] for name, one in material.networks.items()},
+        "MACs a picture": {name: one["macs"] for name, one in material.networks.items()},
+        "seconds an epoch": {name: one["seconds_per_epoch"] for name, one in timings.items()},
+    }
+
+
+def calibration(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """Accuracy of the pictures of each range of confidence: a reliability diagram."""
+    shown = list(study.variants) if len(study.variants) <= 8 else _detailed(study, material)
+    figure = Figure(figsize=(WIDTH, 4.6 + 0.24 * -(-len(shown) // 2)), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+    for name in shown:
+        found = material.calibration(name)
+        if found is None:
+            continue
+        some = found["pictures"] >= FEW_PICTURES
+        looks = _looks(study, name) | {"marker": _looks(study, name)["marker"] or "o"}
+        confidence, right = (found[key][some] / found["pictures"][some] for key in ("confidence", "right"))
+        axes.plot(confidence, right, label=_wrap(name, 26), markersize=5, **looks)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_xlabel("confidence: the highest probability")
+    axes.set_ylabel("accuracy")
+    if axes.get_legend_handles_labels()[0]:  # else all diverged
+        figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, fontsize=10)
+    caption = f"Fifteen ranges of confidence, all seeds together, those with {FEW_PICTURES} predictions or more. "
+    caption += "Dotted: as sure as right. Below it, a network is surer than it is right."
+    caption += "" if len(shown) == len(study.variants) else " The baseline and the best variant on validation."
+    return figure, "Calibration", f"Accuracy against confidence of {len(shown)} variants; errors in the table.", caption
+
+
 def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """How much better the kept network is on the pictures that it was trained with."""
     figure, axes = _rows(study.variants)
@@ -417,8 +495,17 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
     names, pairs = material.card["classes"], material.mistakes[name]
     if not pairs:
         return None, "", "", ""
-    figure = Figure(figsize=(WIDTH, 1.62 * len(pairs)), layout="constrained")
-    for part, pair in zip(figure.subfigures(len(pairs), 1, squeeze=False).flat, pairs, strict=True):
+    surest = material.surest[name]
+    figure = Figure(figsize=(WIDTH, 1.62 * (1 + len(pairs))), layout="constrained")
+    first, *parts = figure.subfigures(1 + len(pairs), 1, squeeze=False).flat
+    first.suptitle("The surest mistakes of all", fontsize=10, x=0.01, ha="left")
+    for axes in (panels := first.subplots(1, EXAMPLES)):
+        axes.set_axis_off()
+    for axes, one in zip(panels, surest, strict=False):
+        _show(axes, one.picture)
+        lines = [drawing.short(names[one.actual], 14), f"→ {drawing.short(names[one.predicted], 12)}"]
+        axes.set_title("\n".join([*lines, f"{100 * one.probability:.0f} %"]), fontsize=8)
+    for part, pair in zip(parts, pairs, strict=True):
         share = f"{100 * pair.count / pair.of:.0f} % of {drawing.short(names[pair.actual], 20)}"
         title = (
             f"{drawing.short(names[pair.actual], 20)} taken for {drawing.short(names[pair.predicted], 20)} ({share})"
@@ -432,9 +519,10 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
             axes.set_title(f"{100 * probability:.0f} %", fontsize=9)
     told = "; ".join(f"{names[pair.actual]} taken for {names[pair.predicted]}" for pair in pairs)
     caption = (
-        "Test pictures of the pairs of classes confused most often, all seeds counted; those that the first seed's "
+        "On top the test pictures that the first seed's network got wrong and was surest of: actual class → its "
+        "answer. Below, the pairs of classes confused most often, all seeds counted, with those that this network was "
+        "surest of. Each with the probability that it gave to the wrong class."
     )
-    caption += "network was surest of, with the probability that it gave to the wrong class."
     return figure, f"Mistakes of {name}", f"Test pictures that {name} confuses: {told}.", caption
 
 
@@ -490,9 +578,12 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
 
 
 # What every report shows; `draw` adds figures of single variants.
-OVERVIEW = (accuracy, difference, roc, curves, train_validation, gap, confusions, probabilities, samples, histogram)
+OVERVIEW = (
+    *(accuracy, difference, roc, pareto, curves, train_validation, gap, confusions, calibration),
+    *(probabilities, samples, histogram),
+)
 # While the test part is sealed.
-UNSCORED = (accuracy, curves, train_validation, gap, samples, histogram)
+UNSCORED = (accuracy, pareto, curves, train_validation, gap, samples, histogram)
 
 
 PHOTOGRAPHS = ("samples", "probabilities", "mistakes")

@@ -32,6 +32,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Wrong:
+    """A test picture that was taken for another class, and the probability that it was given."""
+
+    picture: np.ndarray
+    actual: int
+    predicted: int
+    probability: float
+
+
+@dataclass(frozen=True)
 class Shown:
     """A few fixed test pictures, their class numbers, and by variant the probabilities (pictures × classes) before and
     after training with the first seed."""
@@ -59,6 +69,11 @@ class Material:
         choice: selection/start/choice.json; None in a study of one phase.
         roc: of a problem with two classes, by variant the points of each seed's ROC curve on the test part: rates of
             false and of true positives, (2, thresholds).
+        surest: of each variant that did not diverge, the first seed's wrong answers that it was surest of.
+        resolution: of each variant, half the interval that the choice of test pictures alone leaves to its difference
+            from the baseline; None where there is no difference.
+        target: the highest whole per cent of validation accuracy that every seed of the baseline reaches; None where
+            one diverged.
     """
 
     results: dict[str, Any]
@@ -73,6 +88,9 @@ class Material:
     shown: Shown | None
     choice: dict[str, Any] | None
     roc: dict[str, list[np.ndarray]]
+    surest: dict[str, list[Wrong]]
+    resolution: dict[str, float | None]
+    target: float | None
 
     def confusion(self, variant: str) -> np.ndarray | None:
         """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
@@ -82,6 +100,15 @@ class Material:
         """precision, recall or f1 of each class on the test part, the mean over those seeds."""
         scores = [scores["per_class"][which] for scores in self._tests(variant)]
         return np.mean(scores, axis=0) if scores else None
+
+    def calibration(self, variant: str) -> dict[str, np.ndarray] | None:
+        """Pictures, confidence and right of each range of confidence on the test part, summed over those seeds."""
+        found = [scores["calibration"] for scores in self._tests(variant)]
+        return {key: np.sum([one[key] for one in found], axis=0) for key in found[0]} if found else None
+
+    def history(self, variant: str, seed: int) -> pd.DataFrame:
+        """A cell's rows of `curves`."""
+        return self.curves[(self.curves["variant"] == variant) & (self.curves["seed"] == seed)]
 
     def _tests(self, variant: str) -> list[dict[str, Any]]:
         return _tests(self.cells, variant)
@@ -129,7 +156,7 @@ def gather(study: Params, root: Path) -> Material:
             right[scored["variant"]][scored["seed"]] = flags[row] if scored["test"] else None
 
     baseline = study.study.baseline
-    none = {"mean": None, "ci95": None, "p_adjusted": None, "verdict": None}
+    none = {"mean": None, "ci95": None, "p_adjusted": None, "verdict": None, "seeds_needed": None}
     others = {name: baseline for name in study.variants if name != baseline}
     references = {name: variant.compared_with for name, variant in study.variants.items() if variant.compared_with}
     if "test" in evaluation.scored_parts(study):
@@ -145,7 +172,7 @@ def gather(study: Params, root: Path) -> Material:
             "differences": networks[name]["differences"],
             "reported": variant.reported,
             "cells": shown,
-            "test_accuracy": statistics.summarize([cell["test_accuracy"] for cell in shown.values()]),
+            "test_accuracy": statistics.summarize(right[name]),
             "delta": deltas.get(name, none),
         }
     results = {
@@ -167,7 +194,18 @@ def gather(study: Params, root: Path) -> Material:
         _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
         files.read_json(root / cell.SELECTION / selection.CHOICE) if study.second else None,
         _roc(study, cells, root) if len(card["classes"]) == 2 else {},
+        {name: _surest(study, name, cells, images, parts["test"], root) for name in study.variants},
+        {name: statistics.resolution(right[name], right[baseline]) for name in others},
+        _target(study, cells, curves),
     )
+
+
+def _target(study: Params, cells: dict[tuple[str, int], dict[str, Any]], curves: pd.DataFrame) -> float | None:
+    if any(cells[study.study.baseline, seed]["status"] == "diverged" for seed in study.seeds):
+        return None
+    own = curves[(curves["variant"] == study.study.baseline) & curves["seed"].isin(study.seeds)]
+    best = own.groupby("seed")["val_accuracy"].max()
+    return float(np.floor(100 * best.min() + 1e-6) / 100)
 
 
 def folded(network: dict[str, Any]) -> dict[str, Any]:
@@ -225,6 +263,25 @@ def _mistakes(
         pictures = [(_thumbnail(images[test[i]]), float(probabilities[i, predicted])) for i in surest]
         pairs.append(Pair(actual, predicted, int(wrong[actual, predicted]), int(counts[actual].sum()), pictures))
     return pairs
+
+
+def _surest(
+    study: Params,
+    name: str,
+    cells: dict[tuple[str, int], dict[str, Any]],
+    images: np.ndarray,
+    test: np.ndarray,
+    root: Path,
+) -> list[Wrong]:
+    seed = next((seed for seed in study.seeds if cells[name, seed]["test"]), None)
+    if seed is None:
+        return []
+    file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
+    probabilities, labels = file["test_probabilities"], file["test_labels"]
+    chosen, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(chosen != labels)
+    wrong = wrong[np.argsort(-surety[wrong], kind="stable")[:EXAMPLES]]
+    return [Wrong(_thumbnail(images[test[i]]), int(labels[i]), int(chosen[i]), float(surety[i])) for i in wrong]
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -287,6 +344,7 @@ def _timings(study: Params, root: Path) -> dict[str, Any]:
             cells[str(seed)] = {
                 # The median: the first epoch also compiles, and a busy machine slows some of them down.
                 "seconds_per_epoch": float(np.median(epochs)) if epochs else None,
+                "epoch_seconds": epochs,
                 "total_seconds": measured["total_seconds"],
                 "device": measured["device"],
                 "threads": measured["threads"],

@@ -1,0 +1,228 @@
+"""The report's sentences, made from numbers by rules."""
+
+from typing import Any
+
+from ablation_lab import params
+from ablation_lab.params import Params
+from ablation_lab.report.results import Material, validation_means
+from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, counted, length, setting
+
+SEVERAL = (
+    "change more than one setting at once: what they do can't be laid to one of them (`compared_with` shows a variant "
+    "against one that is a single step away)"
+)
+
+
+def facts(study: Params, material: Material) -> list[tuple[str, str]]:
+    card, counts = material.card, material.card["counts"]
+    height, width, channels = card["image_shape"]
+    seeds = ", ".join(map(str, study.seeds))
+    devices = sorted({one["device"] for one in material.timings["variants"].values()})
+    threads = sorted({n for one in material.timings["variants"].values() for n in one["threads"]})
+    facts = [
+        ("Data", f"{card['name']}: {len(card['classes'])} classes, pictures of {height} × {width} × {channels}"),
+        (
+            "Pictures",
+            f"{counts['train']:,} training, {counts['validation']:,} validation, {counts['test']:,} test "
+            + (
+                "(sealed)" if material.shown is None else "(the test part is scored once, after training and selection)"
+            ),
+        ),
+        ("Split", ", ".join(f"{key} {setting(value)}" for key, value in card["split"].items())),
+        ("Baseline", f"{study.study.baseline}: {length(study.baseline)}"),
+        ("Trainings", f"{counted(len(study.variants), 'variant')} × {counted(len(study.seeds), 'seed')} ({seeds})"),
+        ("Trained on", f"{', '.join(devices)}, {' or '.join(counted(n, 'thread') for n in threads)} a training"),
+    ]
+    if "skipped" in card:
+        facts.insert(2, ("Left out", counted(card["skipped"]["count"], "unreadable picture")))
+    return [*facts, ("Source", study.study.source)] if study.study.source else facts
+
+
+def headline(study: Params, results: dict[str, Any], text: Format) -> list[str]:
+    if study.study.test == "sealed":
+        return _first_on_validation(results, text)
+    base = results["variants"][study.study.baseline]["test_accuracy"]
+    verdicts = [one["delta"]["verdict"] for one in results["variants"].values() if one["delta"]["verdict"]]
+    name = "The baseline" + (f" ({study.study.baseline})" if study.study.baseline != "baseline" else "")
+    if base["mean"] is None:
+        first = f"{name} diverged, so nothing can be compared with it."
+    else:
+        first = f"{name} reaches a test accuracy of {text.percent(base['mean'])}"
+        if base["ci95"]:
+            low, high = (text.percent(value) for value in base["ci95"])
+            seeds, test = len(study.seeds), results["data"]["counts"]["test"]
+            first += f" (95 % interval {low} to {high}, {counted(seeds, 'seed')}, {counted(test, 'test picture')})"
+        first += "."
+    tally = [(verdict, verdicts.count(verdict)) for verdict in VERDICT_ORDER if verdict in verdicts]
+    if not tally:
+        return [first]
+    listed = ", ".join(f"{n} {verdict}" for verdict, n in tally)
+    return [first, f"Of {counted(len(verdicts), 'change')} to it: {listed}."]
+
+
+def _first_on_validation(results: dict[str, Any], text: Format) -> list[str]:
+    means = validation_means(results)
+    if not means:
+        return ["Every variant diverged in some seed."]
+    best = max(means, key=lambda name: means[name])
+    first = f"{best} reaches a validation accuracy of {text.percent(means[best])}"
+    return [first + (f", the highest of {len(results['variants'])} variants." if len(results["variants"]) > 1 else ".")]
+
+
+def selected(material: Material, text: Format) -> list[str]:
+    """What became of the first phase, where there is a second."""
+    choice = material.choice
+    if choice is None:
+        return []
+    accuracy = text.percent(choice["candidates"][choice["variant"]]["validation_accuracy"])
+    return [
+        f"Of phase one, {choice['variant']} was selected for phase two: with a validation accuracy of {accuracy} it is "
+        f"the first of {counted(len(choice['candidates']), 'candidate')} on the validation part."
+    ]
+
+
+def findings(study: Params, results: dict[str, Any], text: Format) -> list[dict[str, str]]:
+    """One sentence a variant, the clearest first."""
+    findings = []
+    for name, variant in results["variants"].items():
+        delta = variant["delta"]
+        if not delta["verdict"]:
+            continue
+        said = _sentence(study, variant, text) + _cheaper(variant, results["variants"][study.study.baseline])
+        change = "; ".join(changes(variant["differences"]))
+        findings.append({"variant": name, "change": change, "text": said, "verdict": delta["verdict"]})
+    size = {name: abs(one["delta"]["mean"] or 0) for name, one in results["variants"].items()}
+    return sorted(findings, key=lambda one: (VERDICT_ORDER.index(one["verdict"]), -size[one["variant"]]))
+
+
+def _sentence(study: Params, variant: dict[str, Any], text: Format) -> str:
+    delta, seeds = variant["delta"], len(study.seeds)
+    if delta["verdict"] == "diverged":
+        lost = [seed for seed, cell in variant["cells"].items() if cell["status"] == "diverged"]
+        return f"training diverged in {len(lost)} of {counted(seeds, 'seed')} ({', '.join(lost)}): no mean is given"
+    if delta["mean"] is None:
+        mean = text.percent(variant["test_accuracy"]["mean"])
+        return f"test accuracy {mean}, with nothing to compare it with, since the baseline diverged"
+    if delta["mean"]:
+        points = text.points(abs(delta["mean"]), sign=False)
+        said = f"test accuracy {points} points {'higher' if delta['mean'] > 0 else 'lower'}"
+    else:
+        said = "the same test accuracy"
+    if not delta["ci95"]:
+        return f"{said} in the one seed" if seeds == 1 else said
+    interval, p = text.interval(delta["ci95"]), text.p(delta["p_adjusted"])
+    return f"{said} (95 % interval {interval} points, adjusted {p}, {seeds} seeds){_more_seeds(delta)}"
+
+
+def _cheaper(variant: dict[str, Any], base: dict[str, Any]) -> str:
+    """What a variant costs, where that is another size than the baseline's."""
+    told = []
+    for key, what in (("parameters", "parameters"), ("macs", "multiply–accumulates")):
+        change = 100 * (variant[key] / base[key] - 1) if base[key] else 0.0
+        if abs(change) >= 1:
+            told.append(f"{abs(change):.0f}\xa0% {'more' if change > 0 else 'fewer'} {what}")
+    return f"; with {' and '.join(told)}" if told else ""
+
+
+def _more_seeds(delta: dict[str, Any]) -> str:
+    """What would tell an indistinguishable difference from none."""
+    if delta["verdict"] != "indistinguishable" or not delta["mean"]:
+        return ""
+    if delta["seeds_needed"] is None:
+        return "; no number of seeds would tell so small a difference apart with this test part"
+    return f"; about {delta['seeds_needed']} seeds would tell a difference of this size apart"
+
+
+def checks(study: Params, material: Material, text: Format) -> list[tuple[str, str]]:
+    """What is wrong with the study's design, and with which variants: the plan's warnings first."""
+    about: dict[str, list[str]] = {}
+    for name, network in material.networks.items():
+        for lint in network["lints"]:
+            about.setdefault(lint, []).append(name)
+    for name, variant in study.variants.items():
+        if name == study.study.baseline:
+            continue
+        reference = variant.compared_with or study.study.baseline
+        before = study.variants[reference]
+        if len(params.differences(before, variant)) > 1:
+            about.setdefault(SEVERAL, []).append(name)
+        if length(variant) != length(before):
+            told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
+            about.setdefault(told, []).append(name)
+    small = []
+    for name, half in material.resolution.items():
+        delta = material.results["variants"][name]["delta"]
+        if half and delta["mean"] and delta["verdict"] not in ("better", "worse") and abs(delta["mean"]) < half:
+            small.append(name)
+    if small:
+        widest = text.points(max(material.resolution[name] or 0 for name in small), sign=False)
+        pictures = counted(material.card["counts"]["test"], "test picture")
+        about[
+            f"{pictures} can't tell such small differences: their choice alone moves them by up to ±{widest} points"
+        ] = small
+    return [(", ".join(names), told) for told, names in about.items()]
+
+
+def limits(study: Params, material: Material, text: Format) -> list[str]:
+    """What the numbers do not say."""
+    verdicts = {one["delta"]["verdict"] for one in material.results["variants"].values()}
+    seeds, test = len(study.seeds), material.card["counts"]["test"]
+    limits = []
+    if material.shown is None:
+        return [
+            "The validation accuracy of whatever was chosen by it is too good: only the test part can say by how much."
+        ]
+    if seeds == 1:
+        limits.append(
+            "One seed was trained, so chance can't be told from effect: no difference has an interval, a p value or a "
+            "verdict. Two seeds are the least, five or more are better."
+        )
+    else:
+        limits.append(
+            f"The intervals count two sources of chance: the training's ({seeds} seeds) and that of which pictures are "
+            f"in the test part ({test:,}). They don't count a third: all networks were trained on the same pictures, "
+            "and with others the effects may be others."
+        )
+        if seeds < 5:
+            limits.append(f"{seeds} seeds give wide intervals: small effects stay hidden.")
+        if any(one["delta"]["seeds_needed"] for one in material.results["variants"].values()):
+            limits.append(
+                "The number of seeds that would tell a difference apart is an estimate from few seeds: with it, a true "
+                "difference as large as the one seen is found four times out of five."
+            )
+    if "indistinguishable" in verdicts:
+        limits.append(
+            "Indistinguishable does not mean equal: any difference inside the interval agrees with what was seen."
+        )
+    if len(material.results["variants"]) > 2 and verdicts & {"better", "worse", "indistinguishable"}:
+        limits.append(
+            "p values are adjusted after Holm for all comparisons with the baseline, the intervals are not; a verdict "
+            "of better or worse needs an adjusted p below 0.05."
+        )
+    hidden = [
+        name
+        for name, one in material.results["variants"].items()
+        if one["delta"]["verdict"] == "indistinguishable" and (ci95 := one["delta"]["ci95"]) and ci95[0] * ci95[1] > 0
+    ]
+    if hidden:
+        limits.append(
+            f"The interval of {', '.join(hidden)} leaves out zero and yet the adjusted p is not below 0.05: with so "
+            "many comparisons and so few seeds this is a hint, which more seeds would settle."
+        )
+    validation = validation_means(material.results)
+    if len(validation) > 1:
+        best = max(validation, key=lambda name: validation[name])
+        limits.append(
+            f"To choose a variant, use the validation part: there {best} is first with "
+            f"{text.percent(validation[best])}. Choosing by test accuracy would make that number too good."
+        )
+    return limits
+
+
+def commands(study: Params) -> list[tuple[str, str]]:
+    if study.study.quick:
+        return [("ablab quick", "this check"), ("make repro", "the real thing")]
+    return [
+        ("make repro", "set up from the lock file and run the study of params.yaml; what is up to date is kept"),
+        ("dvc exp run -S 'seeds=[0,1,2,3,4]'", "more seeds: only the new cells are trained"),
+    ]
