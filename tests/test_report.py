@@ -297,6 +297,11 @@ def test_missing_results_are_named(tmp_path):
         write_report(study, tmp_path)
 
 
+def test_a_name_written_from_right_to_left_leaves_its_surroundings_in_order():
+    assert pages._short("خط") == "\u2068خط\u2069" and pages._short("a \u202eb") == "\u2068a \u202eb\u2069"
+    assert pages._short("猫 é") == "猫 é"
+
+
 def test_a_note_may_emphasise_and_nothing_else():
     shown = pages._emphasised("Pixels *(inferred)*, `-S a=*b*`, 2 * 3 * 4, <b>x</b>")
     assert shown == "Pixels <em>(inferred)</em>, <code>-S a=*b*</code>, 2 * 3 * 4, &lt;b&gt;x&lt;/b&gt;"

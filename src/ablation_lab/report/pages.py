@@ -8,6 +8,7 @@ import base64
 import json
 import re
 import struct
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -685,7 +686,10 @@ def _minus(text: str) -> str:
 
 
 def _short(name: str) -> str:
-    return short(name, 40)
+    """A class's name in one line; one that has letters or marks from right to left doesn't turn what is beside it."""
+    shown = short(name, 40)
+    turned = any(unicodedata.bidirectional(letter) in ("R", "AL", "RLE", "RLO", "RLI", "LRO") for letter in shown)
+    return f"\u2068{shown}\u2069" if turned else shown
 
 
 def _environment(autoescape: bool, finalize=None) -> Environment:
