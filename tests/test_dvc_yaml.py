@@ -9,7 +9,7 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-TEMPLATES = {"report": {"style.css", "report.html.jinja", "report.md.jinja"}}
+TEMPLATES = {"report": {"script.js", "style.css", "report.html.jinja", "report.md.jinja"}}
 
 
 def closure(stage: str) -> set[str]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,15 +11,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import pytest
 from conftest import client_of, in_mlflow, passed, run
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 PATIENCE = 60_000  # milliseconds
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (Debian's package chromium)")
+pytestmark = browser.needed
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +52,11 @@ def address(trained_project: Path) -> Iterator[str]:
 
 @pytest.fixture
 def page(address: str) -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
+    with browser.chromium() as chromium:
+        page = chromium.new_page(viewport={"width": 1400, "height": 900})
         page.set_default_timeout(PATIENCE)
         expect.set_options(timeout=PATIENCE)
         yield page
-        browser.close()
 
 
 def test_the_variants_of_a_study_are_compared_by_validation_accuracy(trained_project: Path, address: str, page: Page):

@@ -5,6 +5,8 @@ classes and variants, titles and notes are never trusted.
 """
 
 import base64
+import hashlib
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -19,8 +21,10 @@ from ablation_lab.params import Params
 from ablation_lab.report import summary, tables
 from ablation_lab.report.figures import QUICK, Drawn
 from ablation_lab.report.results import Material
-from ablation_lab.report.wording import EMPHASIS, Format, decimals
+from ablation_lab.report.wording import EMPHASIS, VERDICT_ORDER, Format, decimals
 
+NUMBER = re.compile(r"((?:(?<!\d)[+-])?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?:\s?([kMG])\b)?")
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 SYMBOLS = {"better": "▲", "worse": "▼", "indistinguishable": "●", "undetermined": "◆", "diverged": "✕"}
 SEALED = (
     "The test part is sealed: all accuracies are those of the validation part, on which epochs and perhaps settings "
@@ -67,8 +71,13 @@ def html(page: dict[str, Any], drawn: Mapping[str, Drawn], reports: Path) -> str
     environment.filters["emphasised"] = _emphasised
     environment.filters["data_url"] = lambda figure: _data_url(reports / "figures" / figure.file)
     environment.filters["size"] = lambda figure: _size(reports / "figures" / figure.file)
-    style = Markup(environment.get_template("style.css").render())
-    return environment.get_template("report.html.jinja").render(page, figures=drawn, style=style, symbols=SYMBOLS)
+    environment.filters["sort_key"] = _data_sort
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    # The one script that a browser may run in the page, whatever else should get into it.
+    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        page, figures=drawn, style=Markup(style), script=Markup(script), script_hash=script_hash, symbols=SYMBOLS
+    )
 
 
 def markdown(page: dict[str, Any], drawn: Mapping[str, Drawn]) -> str:
@@ -131,6 +140,37 @@ def _environment(autoescape: bool, finalize=None) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def sort_key(cell: str | list[str], kind: str) -> float | None:
+    """The number that a table is sorted by where a cell of numbers (`r`) or a verdict (`v`) stands in it, told by its
+    first line.
+
+    Of `9 → 97 %` it is the last number, of `8 × 8` the product, of a range the middle; `> 6` comes right after 6; the
+    baseline has no difference from itself. Else it is the first number, so that a spread doesn't count; `–` is none.
+    """
+    text = cell if isinstance(cell, str) else cell[0]
+    if kind == "v":
+        return VERDICT_ORDER.index(text) if text in VERDICT_ORDER else None
+    if kind != "r":
+        return None
+    if text == "baseline":
+        return 0
+    numbers = [float(number.replace(",", "")) * UNITS[unit] for number, unit in NUMBER.findall(text.replace("−", "-"))]
+    if not numbers:
+        return None
+    if ">" in text:
+        return max(numbers) + 0.5
+    if "→" in text:
+        return numbers[-1]
+    if "×" in text:
+        return math.prod(numbers)
+    return sum(numbers) / len(numbers) if "–" in text else numbers[0]
+
+
+def _data_sort(cell: str | list[str], kind: str) -> Markup:
+    key = sort_key(cell, kind)
+    return Markup("") if key is None else Markup(' data-sort="{}"').format(f"{key:.12g}")
 
 
 def _data_url(path: Path) -> str:

@@ -362,7 +362,8 @@ def _classification(name: str, material: Material) -> Table:
     weighted = [NONE if values is None else f"{np.average(values, weights=support):.3f}" for values in scores]
     rows.append(["weighted average", *weighted, f"{sum(support):,}"])
     columns = {"Class": "l", "Precision": "r", "Recall": "r", "F1": "r", "Test pictures": "r"}
-    return Table(f"Classification report of {name}", columns, rows, "On the test part, the mean over seeds.")
+    note = "On the test part, the mean over seeds."
+    return Table(f"Classification report of {name}", columns, rows, note, totals=2)
 
 
 def _probabilities(study: Params, material: Material, shown: Shown) -> Table:

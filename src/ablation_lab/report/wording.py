@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,14 @@ class Table:
         columns: heading → kind: `l` text, `r` numbers, `v` a verdict, `a` a link: its text and its address.
         rows: a cell is a text or a list of lines; the first cell heads its row.
         note: how to read it.
+        totals: how many of the last rows sum the others up; they stay where they are when a reader sorts the rest.
     """
 
     name: str
     columns: Mapping[str, str]
     rows: Sequence[Sequence[str | list[str]]]
     note: str = ""
+    totals: int = 0
 
 
 def decimals(results: dict[str, Any], pictures: int) -> int:
@@ -141,7 +144,10 @@ def minus(text: str) -> str:
 
 
 def short_name(name: str) -> str:
-    return short(name, 40)
+    """A class's name in one line; one that has letters or marks from right to left doesn't turn what is beside it."""
+    shown = short(name, 40)
+    turned = any(unicodedata.bidirectional(letter) in ("R", "AL", "RLE", "RLO", "RLI", "LRO") for letter in shown)
+    return f"\u2068{shown}\u2069" if turned else shown
 
 
 def plain(note: str) -> str:
