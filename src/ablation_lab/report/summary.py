@@ -8,8 +8,8 @@ from ablation_lab.report.results import Material, validation_means
 from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, counted, length, setting
 
 SEVERAL = (
-    "change more than one setting at once: what they do can't be laid to one of them (`compared_with` shows a variant "
-    "against one that is a single step away)"
+    "more than one setting is changed at once, so that what it does can't be laid to one of them (compared_with shows "
+    "a variant against one that is a single step away)"
 )
 
 
