@@ -42,7 +42,8 @@ class Study(Section):
 
     `quick` marks a study that ran on a sliver of data (`ablab quick`): every table and picture says so. While `test` is
     `sealed`, nothing is scored on the test part: a search compares its trials on the validation part, and the test part
-    is looked at once, for the one that was selected.
+    is looked at once, for the one that was selected. `smooth` is the number of epochs of the moving mean that the
+    report draws its curves with, 1 for none; null smooths the curves of long trainings only.
     """
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
@@ -52,6 +53,7 @@ class Study(Section):
     notes: str | None = None
     quick: bool = False
     test: Literal["scored", "sealed"] = "scored"
+    smooth: Positive | None = None
 
 
 class Split(Section):
