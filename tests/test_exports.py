@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import xml.etree.ElementTree as ET
 from csv import reader
 
 import fabricate
@@ -199,6 +200,18 @@ def test_names_that_make_one_slug_are_numbered(tmp_path):
     exports.write_tables(page, tmp_path / "tables")
     found = sorted(path.name for path in (tmp_path / "tables").glob("*.csv"))
     assert found == ["a_b.csv", "a_b_2.csv", "table.csv"]
+
+
+def test_each_figure_is_also_svg_with_its_text_and_without_a_date(usual):
+    folder = usual[0] / "figures"
+    assert {path.stem for path in folder.glob("*.png")} == {path.stem for path in folder.glob("*.svg")}
+    for path in folder.glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        root = ET.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "dc:date" not in text and "<script" not in text
+    words = "".join(ET.parse(usual[0] / "figures/accuracy.svg").getroot().itertext())
+    assert "test accuracy" in words and "no_dropout" in words
 
 
 def test_tables_are_found_wherever_they_are():
