@@ -214,6 +214,23 @@ def test_each_figure_is_also_svg_with_its_text_and_without_a_date(usual):
     assert "test accuracy" in words and "no_dropout" in words
 
 
+def test_provenance_tells_what_each_cell_was_trained_with(usual):
+    reports, study = usual
+    found = json.loads((reports / "provenance.json").read_text())
+    assert found["study"] == "fabricated" and found["data"] == {"name": "digits", "digest": "d" * 64}
+    results = json.loads((reports / "results.json").read_text())["variants"]
+    assert {name: set(seeds) for name, seeds in found["cells"].items()} == {name: {"0", "1"} for name in study.variants}
+    for name, one in results.items():
+        assert {seed: cell["cell_hash"] for seed, cell in one["cells"].items()} == {
+            seed: cell["cell_hash"] for seed, cell in found["cells"][name].items()
+        }
+    told, silent = found["cells"]["no_dropout"]["1"], found["cells"]["no_dropout"]["0"]
+    assert (told["commit"], told["dirty"], told["host"], told["device"]) == ("c" * 40, True, "here", "CPU")
+    assert told["versions"]["keras"] == "3.15.0" and told["versions"]["numpy"] is None
+    assert told["plan_hash"] == silent["plan_hash"] and len(told["plan_hash"]) == 64
+    assert (silent["commit"], silent["dirty"], silent["host"]) == (None, None, None)
+
+
 def test_tables_are_found_wherever_they_are():
     one, two = (Table(name, {}, []) for name in "ab")
     assert list(exports._tables({"a": None, "b": [("x", one)], "c": {"d": two}, "e": "text"})) == [one, two]
