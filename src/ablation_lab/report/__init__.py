@@ -1,14 +1,14 @@
-"""Results → figures, Markdown, HTML, without TensorFlow."""
+"""Results → figures, tables, Markdown, HTML, without TensorFlow."""
 
 from pathlib import Path
 
 from ablation_lab import files
 from ablation_lab.params import Params
-from ablation_lab.report import figures, pages, results
+from ablation_lab.report import exports, figures, pages, provenance, results
 
 
 def write_report(study: Params, root: Path = Path()) -> str:
-    """Write `reports/`: results.json, timings.json, figures, report.md and report.html.
+    """Write `reports/`: results.json, timings.json, provenance.json, figures, tables, report.md and report.html.
 
     Args:
         study: the study whose `evaluation/`, plan, data card and timings are read.
@@ -25,6 +25,8 @@ def write_report(study: Params, root: Path = Path()) -> str:
     with files.whole(root / "reports") as out:
         files.write_json(out / "results.json", material.results)
         files.write_json(out / "timings.json", material.timings)
+        files.write_json(out / "provenance.json", provenance.gather(study, material, root))
+        exports.write_tables(page, out / "tables")
         drawn = figures.draw(study, material, out / "figures")
         (out / "report.md").write_text(pages.markdown(page, drawn), encoding="utf-8")
         (out / "report.html").write_text(pages.html(page, drawn, out), encoding="utf-8")

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 160,
     "text.parse_math": False,  # a class may be called "$1"
+    "svg.fonttype": "none",  # text stays text, to be searched and edited
+    "svg.hashsalt": "ablation-lab",  # the same ids in every run
 }
 BASELINE = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -69,7 +71,7 @@ class Drawn:
 
 
 def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
-    """Draw all figures into a folder, by the name of their file without `.png`."""
+    """Draw all figures into a folder, each as PNG and as SVG, by the name of their files without the suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with matplotlib.rc_context(STYLE), _any_glyphs():
@@ -590,12 +592,29 @@ PHOTOGRAPHS = ("samples", "probabilities", "mistakes")
 
 
 def _save(figure: Figure, file: Path, photographs: bool) -> None:
-    """Write a PNG; one without photographs in 256 colours, half as large, so that the page stays small."""
+    """Write a PNG, without photographs in 256 colours, half as large, so that the page stays small; and an SVG."""
     buffer = BytesIO()
     figure.savefig(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 0})  # it is read at once
     with Image.open(buffer) as image:
         shown = image.convert("RGB")
         (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
+    _settle(figure)
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Where the font is not installed, one as wide.
+    vector = text.getvalue().replace(": 'DejaVu Sans'", ": 'DejaVu Sans', Verdana, sans-serif")
+    file.with_suffix(".svg").write_text(vector, encoding="utf-8", newline="\n")
+
+
+def _settle(figure: Figure) -> None:
+    """Keep a drawn figure's layout, rounded: its solver sums in the order of addresses in memory, and an SVG
+    has ids made of all digits."""
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.p0 = np.round(part.bbox_relative.p0, 9)
+        part.bbox_relative.p1 = np.round(part.bbox_relative.p1, 9)
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 9).tolist())
 
 
 def _best(study: Params, material: Material) -> str:
