@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ablation_lab.report import pages
+from ablation_lab.report.wording import NONE, Table
 
 # What makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection"), full-width signs too.
 FORMULA = tuple("=+-@＝＋－＠")
@@ -86,14 +86,14 @@ def write_tables(page: Mapping[str, Any], folder: Path) -> None:
         (folder / f"{slug}.tex").write_text(latex(table, slug, page["quick"]), encoding="utf-8", newline="\n")
 
 
-def csv(table: pages.Table) -> str:
+def csv(table: Table) -> str:
     """A table as CSV: one row of headings; a cell's lines in one; a link's cell hash in full; nothing for “–”."""
     rows = [[_field(*one) for one in zip(row, table.columns.values(), strict=True)] for row in table.rows]
     columns = [_field(head, "l") for head in table.columns]
     return pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-def latex(table: pages.Table, slug: str, warning: str | None = None) -> str:
+def latex(table: Table, slug: str, warning: str | None = None) -> str:
     """A table as a LaTeX float with `booktabs` rules, labelled `tab:<slug>`.
 
     Args:
@@ -132,9 +132,9 @@ def _foreign(found: re.Match) -> str:
     return f"\\ablabletters{{{found[0]}}}{{{numbers}}}"
 
 
-def _tables(content: Any) -> Iterator[pages.Table]:
+def _tables(content: Any) -> Iterator[Table]:
     """All tables of a page, in its order."""
-    if isinstance(content, pages.Table):
+    if isinstance(content, Table):
         yield content
     elif isinstance(content, Mapping | list | tuple):
         for one in content.values() if isinstance(content, Mapping) else content:
@@ -147,7 +147,8 @@ def _lines(cell: str | list[str], kind: str) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """A text in one line without control characters; no-break spaces stay."""
+    """A text in one line without control characters and marks of direction; no-break spaces stay."""
+    text = re.sub("[\u2066-\u2069]", "", text)
     return re.sub(r"(?:[^\S\xa0]|[\x00-\x1f\x7f-\x9f])+", " ", text).strip()
 
 
@@ -159,7 +160,7 @@ def _field(cell: str | list[str], kind: str) -> str:
     if kind == "r":
         lines = [line.replace(",", "") if THOUSANDS.fullmatch(line) else line for line in lines]
     text = " ".join(lines)
-    if text == pages.NONE:
+    if text == NONE:
         return ""
     return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 

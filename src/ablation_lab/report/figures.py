@@ -181,7 +181,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     lines = sum(label.count("\n") + 1 for label in labels.values())
     figure = Figure(figsize=(WIDTH, 6.4 + 0.24 * -(-lines // columns)), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    smooth, bands = _is_long(material), len(study.variants) <= 8
+    window, bands = _window(study, material), len(study.variants) <= 8
     for axes, key in ((top, "val_accuracy"), (bottom, "val_loss")):
         for name in study.variants:
             looks = _looks(study, name)
@@ -192,7 +192,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
                 axes.fill_between(epochs, table.min(1), table.max(1), color=looks["color"], alpha=0.15, linewidth=0)
             for seed in table.T:
                 axes.plot(epochs, np.where(np.isnan(mean), seed, np.nan), color=looks["color"], alpha=0.35, linewidth=1)
-            line = _moving_mean(mean) if smooth else mean
+            line = _moving_mean(mean, window)
             every = max(1, len(table) // 8)
             looks |= {"marker": looks["marker"] or "o"} if len(table) == 1 else {}  # one epoch makes no line
             axes.plot(epochs, line, label=labels[name], markevery=every, markersize=5, **looks)
@@ -206,7 +206,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     figure.legend(*handles, loc="outside lower center", ncols=columns, columnspacing=1.2, fontsize=10)
     caption = "Lines: mean over seeds, as long as all seeds train; thin: seeds that go on alone."
     caption += " Bands: lowest to highest seed." if bands and len(study.seeds) > 1 else ""
-    caption += f" Moving mean over {WINDOW} epochs." if smooth else ""
+    caption += f" Moving mean over {window} epochs." if window > 1 else ""
     alt = f"Validation accuracy and validation loss per epoch of {len(study.variants)} variants on the same axes."
     return figure, "Learning curves", alt, caption
 
@@ -218,7 +218,7 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
     panels = figure.subplots(2 * rows, columns, sharex=True, squeeze=False)
-    smooth = _is_long(material)
+    window = _window(study, material)
     for key, block in (("accuracy", panels[:rows]), ("loss", panels[rows:])):
         for axes in block.flat[1:]:
             axes.sharey(block[0, 0])
@@ -230,7 +230,7 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
                 column = prefix + key
                 mean = np.mean(_table(material, name, column), axis=1)
                 epochs = np.arange(1, len(mean) + 1)
-                shown = _moving_mean(mean) if smooth else mean
+                shown = _moving_mean(mean, window)
                 marker = "o" if len(mean) == 1 else ""  # one epoch makes no line
                 axes.plot(epochs, shown, line, marker=marker, color=color, label=label, linewidth=2)
             axes.set_title(_wrap(name, 18), loc="left", fontsize=10, fontweight="bold")
@@ -670,14 +670,17 @@ def _table(material: Material, name: str, key: str) -> np.ndarray:
     return rows.pivot(index="epoch", columns="seed", values=key).to_numpy(dtype=float)
 
 
-def _is_long(material: Material) -> bool:
-    return len(material.curves) > 0 and int(material.curves["epoch"].max()) >= LONG
+def _window(study: Params, material: Material) -> int:
+    """Epochs of the curves' moving mean: what is asked for, else some where there are many."""
+    if study.study.smooth:
+        return study.study.smooth
+    return WINDOW if len(material.curves) > 0 and int(material.curves["epoch"].max()) >= LONG else 1
 
 
-def _moving_mean(values: np.ndarray) -> np.ndarray:
+def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred, and over fewer values towards both ends, so that a steep start is not bent."""
     last = len(values) - 1
-    half = [min(WINDOW // 2, i, last - i) for i in range(len(values))]
+    half = [min(window // 2, i, last - i) for i in range(len(values))]
     return np.array([np.mean(values[i - reach : i + reach + 1]) for i, reach in enumerate(half)])
 
 
