@@ -490,3 +490,50 @@ def test_how_many_seeds_would_tell_is_said(usual):
         one["delta"]["seeds_needed"] = needed
         texts = {finding["variant"]: finding["text"] for finding in pages.build(study, material)["findings"]}
         assert told in texts["no_dropout"] and "8 % more parameters" in texts["no_dropout"].replace("\xa0", " ")
+
+
+def test_a_study_of_many_variants_shows_the_telling_ones(tmp_path):
+    names = [f"v{number}" for number in range(14)]
+    study = fabricate.study(names, seeds=(0, 1))
+    fabricate.write(tmp_path, study, classes=3, pictures=60, skill={"v5": 1, "v9": 8}, diverged=[("v7", 0)])
+    plan = tmp_path / "plan/networks/v3.json"
+    network = json.loads(plan.read_text())
+    network["layers"][0]["detail"] = "5×5, same"
+    plan.write_text(json.dumps(network))
+    evaluation.evaluate(study, tmp_path)
+    material = results.gather(study, tmp_path)
+    ranked = figures._ranked(study, material)
+    assert ranked[0] == "v0" and {"v5", "v9"} <= set(ranked[1:4]) and ranked[-1] == "v7"
+    shown, which = figures._telling(study, material, 12)
+    assert shown == [name for name in names if name in ranked[:12]]
+    assert which.startswith(" 12 of 14 variants: the baseline, the best on validation, and those whose test accuracy")
+    # One picture of the network that all but v3 have.
+    assert {name: set(same) for name, same in figures._networks(study, material).items()} == {
+        "v0": set(names) - {"v0", "v3"},
+        "v3": set(),
+    }
+    write_report(study, tmp_path)
+    _, html, markdown = reports(tmp_path)
+    drawn = {path.stem for path in (tmp_path / "reports/figures").glob("network_*.png")}
+    assert drawn == {"network_v0", "network_v3"}
+    for text in (html, markdown):
+        assert text.count("12 of 14 variants") == 2 and "Also the network of v" in text
+
+
+def test_no_two_of_many_variants_look_alike():
+    study = fabricate.study([f"v{number}" for number in range(100)], seeds=(0,))
+    assert len({repr(figures._looks(study, name)) for name in study.variants}) == 100
+
+
+def test_drawings_of_many_networks_have_an_end(tmp_path, monkeypatch):
+    study = fabricate.study([f"v{number}" for number in range(13)], seeds=(0,))
+    fabricate.write(tmp_path, study, classes=3, pictures=30, skill={"v8": 1})
+    for number, path in enumerate(sorted((tmp_path / "plan/networks").iterdir())):
+        network = json.loads(path.read_text())
+        network["layers"][0]["parameters"] = number
+        path.write_text(json.dumps(network))
+    evaluation.evaluate(study, tmp_path)
+    material = results.gather(study, tmp_path)
+    assert len(figures._networks(study, material)) == 13
+    monkeypatch.setattr(figures, "BOXES", 7)  # each has two
+    assert list(figures._networks(study, material)) == figures._ranked(study, material)[:3]

@@ -112,6 +112,11 @@ def draw(network: dict[str, Any], reference: dict[str, Any] | None, width: float
     return figure
 
 
+def size(network: dict[str, Any]) -> int:
+    """How many boxes a network's drawing has."""
+    return len(_boxes(network["layers"]))
+
+
 def _boxes(layers: list[dict[str, Any]]) -> list[Box]:
     """Layers in the order in which data flows, those without a shape of their own folded into what feeds them."""
     names = {layer["name"] for layer in layers}

@@ -1,9 +1,10 @@
 """The report's pictures. Colours after Okabe and Ito (2008); line styles and markers say the same once more."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ SIDES = (("", "#D55E00", "--", "training"), ("val_", "#0072B2", "-", "validation
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
 FEW, SMALL = 12, 64  # variants, and pixels of a picture, up to which the mistakes of each variant are shown
+DISTINCT = len(COLORS) * len(LINES)  # variants up to which a figure has a line for each
+BOXES = 400  # in all drawings of networks of more than a few variants: at most 3 MB of the page
 MANY = 20  # classes from which a confusion matrix has no numbers
 
 
@@ -74,13 +77,15 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
     """Draw all figures into a folder, each as PNG and as SVG, by the name of their files without the suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
+    overview = OVERVIEW if material.shown else UNSCORED
+    makes: dict[str, Callable[..., tuple[Figure | None, str, str, str]]] = {make.__name__: make for make in overview}
+    makes |= {f"mistakes_{name}": partial(mistakes, name=name) for name in _detailed(study, material)}
+    makes |= {
+        f"network_{name}": partial(network, name=name, same=same) for name, same in _networks(study, material).items()
+    }
     with matplotlib.rc_context(STYLE), _any_glyphs():
-        made: dict[str, tuple[Figure | None, str, str, str]]
-        overview = OVERVIEW if material.shown else UNSCORED
-        made = {make.__name__: make(study, material) for make in overview}
-        made |= {f"mistakes_{name}": mistakes(study, material, name) for name in _detailed(study, material)}
-        made |= {f"network_{name}": network(study, material, name) for name in study.variants}
-        for name, (figure, title, alt, caption) in made.items():
+        for name, make in makes.items():
+            figure, title, alt, caption = make(study, material)
             if figure is None:
                 continue
             if study.study.quick and not name.startswith("network_"):
@@ -176,14 +181,15 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
 
 def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Validation accuracy and loss of all variants on the same axes."""
-    labels = {name: _wrap(name, 26) for name in study.variants}
+    names, which = _telling(study, material, DISTINCT)
+    labels = {name: _wrap(name, 26) for name in names}
     columns = 2 if max(len(label) for label in labels.values()) > 14 else 3
     lines = sum(label.count("\n") + 1 for label in labels.values())
     figure = Figure(figsize=(WIDTH, 6.4 + 0.24 * -(-lines // columns)), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     window, bands = _window(study, material), len(study.variants) <= 8
     for axes, key in ((top, "val_accuracy"), (bottom, "val_loss")):
-        for name in study.variants:
+        for name in names:
             looks = _looks(study, name)
             table = _table(material, name, key)
             mean = np.mean(table, axis=1)  # NaN once a seed has stopped: a mean over fewer seeds would jump
@@ -207,13 +213,13 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     caption = "Lines: mean over seeds, as long as all seeds train; thin: seeds that go on alone."
     caption += " Bands: lowest to highest seed." if bands and len(study.seeds) > 1 else ""
     caption += f" Moving mean over {window} epochs." if window > 1 else ""
-    alt = f"Validation accuracy and validation loss per epoch of {len(study.variants)} variants on the same axes."
-    return figure, "Learning curves", alt, caption
+    alt = f"Validation accuracy and validation loss per epoch of {len(names)} variants on the same axes."
+    return figure, "Learning curves", alt, caption + which
 
 
 def train_validation(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Training against validation, a panel a variant for accuracy and one for loss, axes shared by all."""
-    names = list(study.variants)
+    names, which = _telling(study, material, FEW)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
@@ -246,19 +252,20 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = "Means over seeds. Training values are measured during the epoch, with dropout and augmentation on."
     alt = "Accuracy and loss per epoch on training and validation data, one panel a variant, all on shared axes."
-    return figure, "Training against validation", alt, caption
+    return figure, "Training against validation", alt, caption + which
 
 
 def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Row-normalised confusion matrices, one a variant, in one scale."""
     names = material.card["classes"]
-    columns = 1 if 10 < len(names) <= MANY or len(study.variants) == 1 else 2
-    rows = -(-len(study.variants) // columns)
+    variants, which = _telling(study, material, FEW)
+    columns = 1 if 10 < len(names) <= MANY or len(variants) == 1 else 2
+    rows = -(-len(variants) // columns)
     side = WIDTH / columns if columns == 2 else 6.2 if len(names) > 10 else 4.6
     figure = Figure(figsize=(WIDTH, rows * (side + 0.1) + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     image = None
-    for index, (name, axes) in enumerate(zip([*study.variants, *[""] * columns], panels.flat, strict=False)):
+    for index, (name, axes) in enumerate(zip([*variants, *[""] * columns], panels.flat, strict=False)):
         if not name:
             axes.set_axis_off()
             continue
@@ -270,13 +277,13 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
             axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
         if index % columns:
             axes.set_ylabel("")
-        if index < len(study.variants) - columns:
+        if index < len(variants) - columns:
             axes.set_xlabel("")
     if image is not None:
         _confusion_scale(figure, image, panels)
     caption = "Per cent of each actual class, the test part, all seeds together. Shares below 0.5 % are left blank."
-    alt = f"Confusion matrices of {len(study.variants)} variants; the most confused pairs are in the table below."
-    return figure, "Confusion matrices", alt, caption
+    alt = f"Confusion matrices of {len(variants)} variants; the most confused pairs are in the table below."
+    return figure, "Confusion matrices", alt, caption + which
 
 
 def _confusion(axes: Axes, shares: np.ndarray, names: list[str]) -> AxesImage:
@@ -341,12 +348,13 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
     title, names = "ROC curves", material.card["classes"]
     if not material.roc:
         return None, title, "", ""
-    labels = {name: _wrap(name, 26) for name in material.roc}
+    variants, which = _telling(study, material, DISTINCT)
+    labels = {name: _wrap(name, 26) for name in variants if name in material.roc}
     figure = Figure(figsize=(WIDTH, 5.2 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     axes = figure.subplots()
     rates = np.linspace(0, 1, 201)
-    for name, seeds in material.roc.items():
-        mean = np.mean([np.interp(rates, *curve) for curve in seeds], axis=0)
+    for name in labels:
+        mean = np.mean([np.interp(rates, *curve) for curve in material.roc[name]], axis=0)
         looks = _looks(study, name) | {"marker": ""}
         axes.plot([0, *rates], [0, *mean], label=labels[name], **looks)
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
@@ -357,16 +365,18 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
     axes.set_ylabel(f"{drawing.short(names[1], 20)} found")
     figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, fontsize=10)
     caption = "Both rates as the threshold moves, the test part, means over seeds. Dotted: guessing."
-    return figure, title, f"ROC curves of {len(labels)} variants; the areas under them are in the table above.", caption
+    alt = f"ROC curves of {len(labels)} variants; the areas under them are in the table above."
+    return figure, title, alt, caption + which
 
 
 def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy against three costs, and the variants that no other one beats in both."""
     part = "test" if material.shown else "validation"
-    labels = {name: _wrap(name, 26) for name in study.variants}
+    names, which = _telling(study, material, DISTINCT)
+    labels = {name: _wrap(name, 26) for name in names}
     figure = Figure(figsize=(WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    means = {name: _mean(one, f"{part}_accuracy") for name, one in material.results["variants"].items()}
+    means = {name: _mean(material.results["variants"][name], f"{part}_accuracy") for name in names}
     told = []
     for axes, (what, costs) in zip(panels, _costs(material).items(), strict=True):
         points = {name: (costs[name], mean) for name, mean in means.items() if mean is not None and costs[name]}
@@ -391,7 +401,8 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     if told[0].rpartition(": ")[2]:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
     caption = "Grey: the variants that none is both as cheap and as accurate as (the Pareto front). Star: the baseline."
-    return figure, "Accuracy against cost", f"Accuracy against cost; on the Pareto front of {'; '.join(told)}.", caption
+    alt = f"Accuracy against cost; on the Pareto front of {'; '.join(told)}."
+    return figure, "Accuracy against cost", alt, caption + which
 
 
 def _costs(material: Material) -> dict[str, dict[str, float]]:
@@ -405,7 +416,7 @@ def _costs(material: Material) -> dict[str, dict[str, float]]:
 
 def calibration(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy of the pictures of each range of confidence: a reliability diagram."""
-    shown = list(study.variants) if len(study.variants) <= 8 else _detailed(study, material)
+    shown, which = _telling(study, material, len(COLORS) + 1)
     figure = Figure(figsize=(WIDTH, 4.6 + 0.24 * -(-len(shown) // 2)), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
@@ -427,8 +438,8 @@ def calibration(study: Params, material: Material) -> tuple[Figure, str, str, st
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, fontsize=10)
     caption = f"Fifteen ranges of confidence, all seeds together, those with {FEW_PICTURES} predictions or more. "
     caption += "Dotted: as sure as right. Below it, a network is surer than it is right."
-    caption += "" if len(shown) == len(study.variants) else " The baseline and the best variant on validation."
-    return figure, "Calibration", f"Accuracy against confidence of {len(shown)} variants; errors in the table.", caption
+    alt = f"Accuracy against confidence of {len(shown)} variants; errors in the table."
+    return figure, "Calibration", alt, caption + which
 
 
 def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -528,12 +539,15 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
     return figure, f"Mistakes of {name}", f"Test pictures that {name} confuses: {told}.", caption
 
 
-def network(study: Params, material: Material, name: str) -> tuple[Figure | None, str, str, str]:
-    reference = study.variants[name].compared_with or study.study.baseline
+def network(
+    study: Params, material: Material, name: str, same: Sequence[str] = ()
+) -> tuple[Figure | None, str, str, str]:
+    reference = _reference(study, name)
     other = None if reference == name else material.networks[reference]
     figure = drawing.draw(material.networks[name], other, WIDTH)
     caption = "From top to bottom, with the shape of what comes out and the number of parameters."
     caption += f" Thick frames: not in {reference}, or otherwise there." if other else ""
+    caption += f" Also the network of {', '.join(same)}." if same else ""
     kinds = [layer["type"] for layer in material.networks[name]["layers"]]
     return figure, f"Network of {name}", f"Drawing of {name}: {', '.join(kinds)}; all in the table below.", caption
 
@@ -630,6 +644,50 @@ def _detailed(study: Params, material: Material) -> list[str]:
     return sorted({study.study.baseline, _best(study, material)})
 
 
+def _ranked(study: Params, material: Material) -> list[str]:
+    """All variants, those first that a reader wants to see where there isn't room for all: the baseline, the best on
+    the validation part, then those whose accuracy is farthest from the baseline's; last those that diverged."""
+    key = "test_accuracy" if material.shown else "validation_accuracy"
+    means = {name: _mean(one, key) for name, one in material.results["variants"].items()}
+    known = {name: mean for name, mean in means.items() if mean is not None}
+    middle = known.get(study.study.baseline, float(np.median(list(known.values()) or [0])))
+    far = sorted(known, key=lambda name: -abs(known[name] - middle))
+    return list(dict.fromkeys([study.study.baseline, _best(study, material), *far, *study.variants]))
+
+
+def _telling(study: Params, material: Material, most: int) -> tuple[list[str], str]:
+    """Variants for a figure with room for so many, in the study's order, and what its caption says of the choice."""
+    names = list(study.variants)
+    if len(names) <= most:
+        return names, ""
+    chosen = _ranked(study, material)[:most]
+    part = "test" if material.shown else "validation"
+    told = f" {most} of {len(names)} variants: the baseline, the best on validation, and those whose {part} accuracy "
+    return [name for name in names if name in chosen], told + "is farthest from the baseline's."
+
+
+def _networks(study: Params, material: Material) -> dict[str, list[str]]:
+    """The variants whose networks are drawn, with the variants that the same picture is of; all of a few."""
+    if len(study.variants) <= FEW:
+        return {name: [] for name in study.variants}
+    pictures: dict[str, str] = {}
+    drawn: dict[str, list[str]] = {}
+    room = BOXES
+    for name in _ranked(study, material):
+        layers, other = (material.networks[one]["layers"] for one in (name, _reference(study, name)))
+        picture = repr((layers, other if other != layers else None))
+        if picture in pictures:
+            drawn[pictures[picture]].append(name)
+        elif (size := drawing.size(material.networks[name])) <= min(room, drawing.MOST):
+            room -= size
+            pictures[picture], drawn[name] = name, []
+    return drawn
+
+
+def _reference(study: Params, name: str) -> str:
+    return study.variants[name].compared_with or study.study.baseline
+
+
 def _show(axes: Axes, picture: np.ndarray) -> None:
     shown = picture[..., 0] if picture.shape[-1] == 1 else picture
     axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -654,12 +712,12 @@ def _spread(row: int, n: int) -> np.ndarray:
 
 
 def _looks(study: Params, name: str) -> dict[str, Any]:
-    """Colour, line and marker of a variant, the same in all figures; different for up to 28 variants."""
+    """Colour, line and marker of a variant, the same in all figures; different for up to 196 variants."""
     if name == study.study.baseline:
         return {"color": BASELINE, "linestyle": "-", "marker": "", "linewidth": 2.6}
     turn, index = divmod([one for one in study.variants if one != study.study.baseline].index(name), len(COLORS))
-    line = LINES[(index + turn) % len(LINES)]
-    return {"color": COLORS[index], "linestyle": line, "marker": MARKERS[index], "linewidth": 1.8}
+    line, marker = LINES[(index + turn) % len(LINES)], MARKERS[(index + turn // len(LINES)) % len(MARKERS)]
+    return {"color": COLORS[index], "linestyle": line, "marker": marker, "linewidth": 1.8}
 
 
 def _table(material: Material, name: str, key: str) -> np.ndarray:
