@@ -80,6 +80,7 @@ def test_all_tables_of_the_page_are_written_twice(usual):
     names = {path.name for path in (usual[0] / "tables").iterdir()}
     slugs = {"variants", "reported_and_reproduced", "most_confused_pairs", "f1_of_each_class", "cells"}
     slugs |= {"probability_of_the_actual_class", "pictures_of_each_class"}
+    slugs |= {"costs", "training_behaviour", "calibration"}
     slugs |= {f"{what}_of_{one}" for what in ("classification_report", "layers") for one in ("baseline", "no_dropout")}
     assert names == {f"{slug}.{suffix}" for slug in slugs for suffix in ("csv", "tex")}
 

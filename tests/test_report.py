@@ -408,26 +408,47 @@ def test_seconds_to_an_accuracy_that_every_seed_of_the_baseline_reaches(tmp_path
 
 
 def test_what_was_seen_of_a_training_is_named(tmp_path):
-    study = fabricate.study(("baseline", "overfits", "early", "lost", "improving"), seeds=(0, 1))
+    study = fabricate.study(("baseline", "overfits", "jumps", "early", "lost", "improving", "keeps_last"), seeds=(0, 1))
     object.__setattr__(study.variants["early"].train, "epochs", 20)
-    make(tmp_path, study, diverged=[("lost", 1)])
+    object.__setattr__(study.variants["keeps_last"].train, "keep", "last")
+    make(tmp_path, study, epochs=10, diverged=[("lost", 1)])
+    for one in study.variants.values():
+        object.__setattr__(one.train, "epochs", 20 if one is study.variants["early"] else 10)
+    flat = [1, 0.9, 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    losses = {
+        "overfits": [1, 0.5, 0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1],
+        "jumps": [*flat[:-1], 0.75],  # one epoch is no trend
+        "early": flat,
+        "improving": [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+        "keeps_last": flat,
+        "baseline": flat,
+    }
 
     def change(table):
-        for name, losses in (("overfits", [1, 0.5, 0.6, 0.7, 0.8, 1.0]), ("early", [1, 0.9, 0.9, 0.9, 0.9, 0.9])):
-            table.loc[table.variant == name, "val_loss"] = losses * 2
-            table.loc[table.variant == name, "loss"] = [1, 0.9, 0.8, 0.7, 0.6, 0.5] * 2
+        for name, values in losses.items():
+            table.loc[table.variant == name, "val_loss"] = values * 2
+            table.loc[table.variant == name, "loss"] = np.linspace(1, 0.5, 10).tolist() * 2
 
     rewrite_curves(tmp_path, change)
-    listed = json.loads((tmp_path / "evaluation/cells.json").read_text())
-    for one in listed:
-        one["best_epoch"] = 6 if one["variant"] == "improving" and one["seed"] == 0 else one["best_epoch"]
-    (tmp_path / "evaluation/cells.json").write_text(json.dumps(listed))
-    seen = {name: row[-1] for name, row in table_rows(tmp_path, study, "behaviour").items()}
-    assert seen["overfits"] == ["overfits after epoch 2: validation loss +100 %"]
-    assert seen["early"] == ["stopped early, after 6 of 20 epochs"]
+    rows = table_rows(tmp_path, study, "behaviour")
+    seen = {name: row[-1] for name, row in rows.items()}
+    assert seen["overfits"] == ["overfits after epoch 3: validation loss +100 %"]
+    assert seen["early"] == ["stopped early, after 10 of 20 epochs"]
     assert seen["lost"][0] == "diverged: seed 1 in epoch 3"
-    assert seen["improving"] == ["still improving when it ended in 1 of 2 seeds"]
-    assert seen["baseline"] == ["settled"]
+    assert seen["improving"] == ["still improving when it ended"]
+    assert seen["baseline"] == seen["jumps"] == seen["keeps_last"] == ["nothing noticed"]
+    assert rows["keeps_last"][1] == "–" and rows["baseline"][1] == "9"
+
+
+def test_of_a_variant_that_diverged_in_some_seed_the_others_are_not_shown(tmp_path):
+    study = fabricate.study(("baseline", "lost"), seeds=(0, 1))
+    make(tmp_path, study, diverged=[("lost", 0)])
+    material = results.gather(study, tmp_path)
+    page = pages.build(study, material)
+    assert material.confusion("lost") is None and material.class_scores("lost", "f1") is None
+    assert material.mistakes["lost"] == [] and material.surest["lost"] == []
+    assert {row[0]: row[1:] for row in page["errors"]["calibration"].rows}["lost"] == ["–"] * 4
+    assert all(row[-1] == "–" for row in page["errors"]["classes"].rows)
 
 
 def test_calibration_agrees_with_a_plain_computation(usual):

@@ -44,8 +44,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | Non
         precision, recall and f1 (0 where a class is never predicted or absent); for two classes also precision,
         recall and roc_auc of class 1. `calibration` has, for each of 15 equal ranges of confidence (the highest
         probability), the number of pictures, the sum of their confidences and how many were right;
-        `calibration_error` is the mean distance of confidence and accuracy over the ranges (ECE). None when a
-        probability is not a number: the training diverged.
+        `calibration_error` is the mean distance of confidence and accuracy, ranges weighted by pictures (ECE). None
+        when a probability is not a number: the training diverged.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)

@@ -400,7 +400,8 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     panels[0].set_ylabel(f"{part} accuracy")
     if told[0].rpartition(": ")[2]:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
-    caption = "Grey: the variants that none is both as cheap and as accurate as (the Pareto front). Star: the baseline."
+    caption = "Grey: the variants that none is both as cheap and as accurate as (the Pareto front), by their means: "
+    caption += "neighbours may be indistinguishable. Star: the baseline."
     alt = f"Accuracy against cost; on the Pareto front of {'; '.join(told)}."
     return figure, "Accuracy against cost", alt, caption + which
 

@@ -93,16 +93,16 @@ class Material:
     target: float | None
 
     def confusion(self, variant: str) -> np.ndarray | None:
-        """Counts of the test part, actual × predicted, summed over the seeds that did not diverge."""
+        """Counts of the test part, actual × predicted, summed over the seeds; None where one diverged."""
         return _confusion(self.cells, variant)
 
     def class_scores(self, variant: str, which: str) -> np.ndarray | None:
-        """precision, recall or f1 of each class on the test part, the mean over those seeds."""
+        """precision, recall or f1 of each class on the test part, the mean over the seeds; None where one diverged."""
         scores = [scores["per_class"][which] for scores in self._tests(variant)]
         return np.mean(scores, axis=0) if scores else None
 
     def calibration(self, variant: str) -> dict[str, np.ndarray] | None:
-        """Pictures, confidence and right of each range of confidence on the test part, summed over those seeds."""
+        """Pictures, confidence and right of each range of confidence on the test part, summed over the seeds."""
         found = [scores["calibration"] for scores in self._tests(variant)]
         return {key: np.sum([one[key] for one in found], axis=0) for key in found[0]} if found else None
 
@@ -229,7 +229,9 @@ def folded(network: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tests(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> list[dict[str, Any]]:
-    return [cell["test"] for (name, _), cell in cells.items() if name == variant and cell["test"]]
+    """A variant's scores on the test part by seed; none where a seed diverged, for the others would flatter it."""
+    scores = [cell["test"] for (name, _), cell in cells.items() if name == variant]
+    return scores if all(scores) else []
 
 
 def _confusion(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> np.ndarray | None:
@@ -245,9 +247,8 @@ def _mistakes(
     test: np.ndarray,
     root: Path,
 ) -> list[Pair]:
-    counts = _confusion(cells, name)
-    seed = next((seed for seed in study.seeds if cells[name, seed]["test"]), None)
-    if counts is None or seed is None:
+    counts, seed = _confusion(cells, name), study.seeds[0]
+    if counts is None:
         return []
     file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
     probabilities, labels = file["test_probabilities"], file["test_labels"]
@@ -273,9 +274,9 @@ def _surest(
     test: np.ndarray,
     root: Path,
 ) -> list[Wrong]:
-    seed = next((seed for seed in study.seeds if cells[name, seed]["test"]), None)
-    if seed is None:
+    if not _tests(cells, name):
         return []
+    seed = study.seeds[0]
     file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
     probabilities, labels = file["test_probabilities"], file["test_labels"]
     chosen, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
@@ -306,7 +307,7 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
 def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {}
     for name, seed in study.cells:
-        if (cells[name, seed]["test"] or {}).get("roc_auc") is not None:
+        if all(scores.get("roc_auc") is not None for scores in _tests(cells, name) or [{}]):
             file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
             curve = roc_curve(file["test_labels"], file["test_probabilities"][:, 1], drop_intermediate=False)
             found.setdefault(name, []).append(np.array(curve[:2]))

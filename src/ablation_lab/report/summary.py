@@ -105,7 +105,8 @@ def _sentence(study: Params, variant: dict[str, Any], text: Format) -> str:
         return f"test accuracy {mean}, with nothing to compare it with, since the baseline diverged"
     if delta["mean"]:
         points = text.points(abs(delta["mean"]), sign=False)
-        said = f"test accuracy {points} points {'higher' if delta['mean'] > 0 else 'lower'}"
+        said = "about the same test accuracy" if not float(points) else ""
+        said = said or f"test accuracy {points} points {'higher' if delta['mean'] > 0 else 'lower'}"
     else:
         said = "the same test accuracy"
     if not delta["ci95"]:
@@ -119,7 +120,9 @@ def _cheaper(variant: dict[str, Any], base: dict[str, Any]) -> str:
     told = []
     for key, what in (("parameters", "parameters"), ("macs", "multiply–accumulates")):
         change = 100 * (variant[key] / base[key] - 1) if base[key] else 0.0
-        if abs(change) >= 1:
+        if change >= 100:
+            told.append(f"{1 + change / 100:.3g} times the {what}")
+        elif abs(change) >= 1:
             told.append(f"{abs(change):.0f}\xa0% {'more' if change > 0 else 'fewer'} {what}")
     return f"; with {' and '.join(told)}" if told else ""
 
@@ -128,9 +131,11 @@ def _more_seeds(delta: dict[str, Any]) -> str:
     """What would tell an indistinguishable difference from none."""
     if delta["verdict"] != "indistinguishable" or not delta["mean"]:
         return ""
-    if delta["seeds_needed"] is None:
-        return "; no number of seeds would tell so small a difference apart with this test part"
-    return f"; about {delta['seeds_needed']} seeds would tell a difference of this size apart"
+    needed = delta["seeds_needed"]
+    if needed is None:
+        return "; no number of seeds would tell a difference of this size apart, the test part is too small"
+    seeds = "more than 1,000" if needed > 1000 else f"about {needed}"
+    return f"; {seeds} seeds would tell a difference of this size apart"
 
 
 def checks(study: Params, material: Material, text: Format) -> list[tuple[str, str]]:
@@ -146,21 +151,28 @@ def checks(study: Params, material: Material, text: Format) -> list[tuple[str, s
         before = study.variants[reference]
         if len(params.differences(before, variant)) > 1:
             about.setdefault(SEVERAL, []).append(name)
-        if length(variant) != length(before):
+        if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
             about.setdefault(told, []).append(name)
     small = []
     for name, half in material.resolution.items():
         delta = material.results["variants"][name]["delta"]
-        if half and delta["mean"] and delta["verdict"] not in ("better", "worse") and abs(delta["mean"]) < half:
+        hidden = delta["verdict"] == "indistinguishable" and delta["mean"] and delta["seeds_needed"] is None
+        if half and (hidden or (delta["verdict"] == "undetermined" and 0 < abs(delta["mean"] or 0) < half)):
             small.append(name)
     if small:
         widest = text.points(max(material.resolution[name] or 0 for name in small), sign=False)
         pictures = counted(material.card["counts"]["test"], "test picture")
-        about[
-            f"{pictures} can't tell such small differences: their choice alone moves them by up to ±{widest} points"
-        ] = small
+        told = f"{pictures} can't tell such small differences: their choice alone moves them by up to ±{widest} points"
+        about[told] = small
     return [(", ".join(names), told) for told, names in about.items()]
+
+
+def _budget(variant: params.Variant) -> tuple:
+    """What fixes how many pictures a training sees at most, and when it may stop."""
+    train = variant.train
+    batches = train.steps_per_epoch and train.steps_per_epoch * train.batch_size
+    return train.epochs, batches, variant.input.fraction, train.early_stopping
 
 
 def limits(study: Params, material: Material, text: Format) -> list[str]:
@@ -183,6 +195,11 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
             f"in the test part ({test:,}). They don't count a third: all networks were trained on the same pictures, "
             "and with others the effects may be others."
         )
+        if len(material.results["variants"]) > 2:
+            limits.append(
+                "Where the seeds of a comparison agree better than is usual among the variants, perhaps by chance, its "
+                "interval is wider than they alone would have it."
+            )
         if seeds < 5:
             limits.append(f"{seeds} seeds give wide intervals: small effects stay hidden.")
         if any(one["delta"]["seeds_needed"] for one in material.results["variants"].values()):
@@ -206,8 +223,8 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
     ]
     if hidden:
         limits.append(
-            f"The interval of {', '.join(hidden)} leaves out zero and yet the adjusted p is not below 0.05: with so "
-            "many comparisons and so few seeds this is a hint, which more seeds would settle."
+            f"{', '.join(hidden)}: the interval leaves out zero and yet the adjusted p is not below 0.05. Among "
+            "several comparisons one such interval is no surprise: this is a hint, which more seeds would settle."
         )
     validation = validation_means(material.results)
     if len(validation) > 1:
@@ -222,7 +239,11 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
 def commands(study: Params) -> list[tuple[str, str]]:
     if study.study.quick:
         return [("ablab quick", "this check"), ("make repro", "the real thing")]
+    seeds = list(study.seeds)
+    for seed in range(len(seeds) + 2 + max(seeds)):
+        if len(seeds) < len(study.seeds) + 2 and seed not in seeds:
+            seeds.append(seed)
     return [
         ("make repro", "set up from the lock file and run the study of params.yaml; what is up to date is kept"),
-        ("dvc exp run -S 'seeds=[0,1,2,3,4]'", "more seeds: only the new cells are trained"),
+        (f"dvc exp run -S 'seeds=[{','.join(map(str, seeds))}]'", "more seeds: only the new cells are trained"),
     ]

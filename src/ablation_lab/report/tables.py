@@ -1,5 +1,6 @@
 """The report's tables."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from ablation_lab import params
 from ablation_lab.params import Params
 from ablation_lab.report import drawing
-from ablation_lab.report.results import BINARY, Material, Shown
+from ablation_lab.report.results import BINARY, PAIRS, Material, Shown
 from ablation_lab.report.wording import (
     NONE,
     Format,
@@ -24,6 +25,8 @@ from ablation_lab.report.wording import (
 
 UI = "http://127.0.0.1:5000"  # where `ablab ui` is
 RISE = 0.1  # of the validation loss after its lowest, from which on it is called overfitting
+FALL = 0.05  # of the validation loss over the last fifth of a training, from which on it is called improving
+STEADY = 3  # epochs whose mean is judged
 LISTED = 20  # classes up to which tables list all of them
 
 
@@ -53,7 +56,6 @@ def variants(study: Params, material: Material, text: Format) -> Table:
     rows = []
     for name, one in results.items():
         delta, cells, note = one["delta"], list(one["cells"].values()), plain(study.variants[name].note or "")
-        epochs = [cell["best_epoch"] for cell in cells if cell["best_epoch"] is not None]
         difference = [text.points(delta["mean"])] if delta["verdict"] else ["baseline"]
         if delta["ci95"]:
             difference.append(f"[{text.interval(delta['ci95'], ', ')}]")
@@ -72,7 +74,7 @@ def variants(study: Params, material: Material, text: Format) -> Table:
             relative(one["parameters"], base["parameters"], f"{one['parameters']:,}"),
             relative(one["macs"], base["macs"], si(one["macs"])),
             seconds(material.timings["variants"][name]["seconds_per_epoch"]),
-            span(epochs),
+            _best_epochs(study, name, cells),
         ]
         rows.append(row)
     note = "Accuracies are measured after training, with dropout off"
@@ -131,14 +133,13 @@ def costs(study: Params, material: Material, text: Format) -> Table:
     rows: list[list[str | list[str]]] = []
     for name in study.variants:
         network, timing = material.networks[name], material.timings["variants"][name]
-        best = [cell["best_epoch"] for cell in material.results["variants"][name]["cells"].values()]
         row: list[str | list[str]] = [
             name,
             relative(network["parameters"], base["parameters"], f"{network['parameters']:,}"),
             f"{network['trainable_parameters']:,}",
             relative(network["macs"], base["macs"], si(network["macs"])),
             seconds(timing["seconds_per_epoch"]),
-            span([epoch for epoch in best if epoch is not None]),
+            _best_epochs(study, name, material.results["variants"][name]["cells"].values()),
             seconds(timing["total_seconds"]),
         ]
         rows.append(row + ([] if target is None else [_time_to(material, name, target)]))
@@ -171,6 +172,13 @@ def _time_to(material: Material, name: str, target: float) -> str | list[str]:
     return shown if len(spent) == len(cells) else [shown, f"{len(spent)} of {len(cells)} seeds"]
 
 
+def _best_epochs(study: Params, name: str, cells: Iterable[dict[str, Any]]) -> str:
+    """Of a variant that keeps its last epoch's weights, whatever they are, there is none."""
+    if study.variants[name].train.keep == "last":
+        return NONE
+    return span([cell["best_epoch"] for cell in cells if cell["best_epoch"] is not None])
+
+
 def behaviour(study: Params, material: Material, text: Format) -> Table:
     """How each variant's training went, in words."""
     rows: list[list[str | list[str]]] = []
@@ -183,16 +191,16 @@ def behaviour(study: Params, material: Material, text: Format) -> Table:
             [
                 name,
                 span([cell["epochs"] for cell in cells]),
-                span([cell["best_epoch"] for cell in cells if cell["best_epoch"] is not None]),
+                _best_epochs(study, name, cells),
                 minus(f"{np.mean(gaps):.1f}") if gaps else NONE,
                 _went(study, material, name),
             ]
         )
     columns = {"Variant": "l", "Epochs": "r", "Best epoch": "r", "Gap, points": "r", "What was seen": "l"}
     note = (
-        "Gap: training minus validation accuracy of the kept weights, mean over seeds. Overfitting: after its lowest "
-        f"the validation loss rises by {100 * RISE:.0f} % or more while the training loss falls. Still improving: the "
-        "best epoch is the last one."
+        "Gap: training minus validation accuracy of the kept weights, mean over seeds. The validation loss is judged "
+        f"as a mean over {STEADY} epochs. Overfitting: it ends {100 * RISE:.0f} % or more above its lowest, while the "
+        f"training loss falls. Still improving: it has fallen by {100 * FALL:.0f} % or more over the last fifth."
     )
     return Table("Training behaviour", columns, rows, note)
 
@@ -207,12 +215,15 @@ def _went(study: Params, material: Material, name: str) -> list[str]:
             finite = int((np.isfinite(loss) & np.isfinite(val_loss)).sum())
             diverged.append(f"seed {seed} in epoch {min(finite + 1, len(loss))}")
             continue
-        lowest = int(val_loss.argmin())
-        if val_loss[-1] > (1 + RISE) * val_loss[lowest] and loss[-1] < loss[lowest]:
-            overfitted.append((lowest + 1, val_loss[-1] / val_loss[lowest] - 1))
         if cell["epochs"] < planned:
             early.append(cell["epochs"])
-        elif cell["best_epoch"] == cell["epochs"] > 1:
+        if len(val_loss) < 2 * STEADY:
+            continue
+        steady, falling = (np.convolve(one, np.full(STEADY, 1 / STEADY), "valid") for one in (val_loss, loss))
+        lowest, fifth = int(steady.argmin()), max(1, len(steady) // 5)
+        if steady[-1] > (1 + RISE) * steady[lowest] and falling[-1] < falling[lowest]:
+            overfitted.append((lowest + 1 + STEADY // 2, steady[-1] / steady[lowest] - 1))
+        elif cell["epochs"] == planned and steady[-1] < (1 - FALL) * steady[-1 - fifth]:
             improving.append(seed)
 
     def of(found: list) -> str:
@@ -227,7 +238,7 @@ def _went(study: Params, material: Material, name: str) -> list[str]:
         told.append(f"stopped early, after {span(early)} of {planned} epochs{of(early)}")
     if improving:
         told.append(f"still improving when it ended{of(improving)}")
-    return told or ["settled"]
+    return told or [NONE if max(cell["epochs"] for cell in cells.values()) < 2 * STEADY else "nothing noticed"]
 
 
 def calibration(study: Params, material: Material, text: Format) -> Table:
@@ -247,8 +258,9 @@ def calibration(study: Params, material: Material, text: Format) -> Table:
     columns = {"Variant": "l", "Confidence": "r", "Accuracy": "r", "Over-confidence, points": "r"}
     columns |= {"Calibration error, points": "r"}
     note = (
-        "Confidence: the mean highest probability. Calibration error: the distance of confidence and accuracy, the "
-        "mean over fifteen ranges of confidence (ECE; Guo et al., 2017), over seeds. Few pictures make it larger."
+        "Confidence: the mean highest probability. Calibration error: the distance of confidence and accuracy in "
+        "fifteen ranges of confidence, weighted by their pictures (ECE; Guo et al., 2017), the mean over seeds. Few "
+        "pictures make it larger."
     )
     return Table("Calibration", columns, rows, note)
 
@@ -310,7 +322,7 @@ def _pairs(study: Params, material: Material) -> Table:
         lines = [NONE]
         if counts is not None:
             wrong = counts - np.diag(np.diag(counts))
-            places = np.argsort(-wrong.ravel(), kind="stable")[:3]
+            places = np.argsort(-wrong.ravel(), kind="stable")[:PAIRS]
             lines = [
                 f"{short_name(names[actual])} → {short_name(names[predicted])}: "
                 f"{100 * n / counts[actual].sum():.0f} % ({n:,})"
@@ -327,7 +339,10 @@ def _class_scores(study: Params, material: Material, text: Format) -> Table:
     f1 = {variant: material.class_scores(variant, "f1") for variant in study.variants}
     order = range(len(names))
     base = f1[study.study.baseline]
-    note = "F1 on the test part, the mean over seeds, in per cent, and its change from the baseline's in points."
+    note = (
+        "F1 on the test part, the mean over seeds, in per cent, and its change from the baseline's in points. A class "
+        "has few pictures: such changes have no interval here, and small ones are chance."
+    )
     if len(names) > LISTED:
         known = [scores for scores in f1.values() if scores is not None]
         hard = np.argsort(np.mean(known, axis=0), kind="stable") if known else np.arange(len(names))
