@@ -26,9 +26,14 @@ FIGURES |= {f"{kind}_{name}" for kind in ("mistakes", "network") for name in ("b
 
 
 def make(root, study, **data):
+    prepare(root, study, **data)
+    return write_report(study, root)
+
+
+def prepare(root, study, **data):
+    """All that a report is made from."""
     fabricate.write(root, study, **data)
     evaluation.evaluate(study, root)
-    return write_report(study, root)
 
 
 def reports(root):
@@ -245,7 +250,7 @@ def test_epochs_to_reach_the_variant_before(tmp_path):
     study = fabricate.study(("baseline", "slow", "fast"), seeds=(0, 1))
     for name in ("slow", "fast"):
         object.__setattr__(study.variants[name], "compared_with", "baseline")
-    make(tmp_path, study)
+    prepare(tmp_path, study)
     curves = tmp_path / "evaluation/curves.csv"
     table = pd.read_csv(curves)
     reached = {"baseline": [0.1, 0.2, 0.5, 0.4, 0.4, 0.4], "slow": [0.1] * 6, "fast": [0.4, 0.5, 0.6, 0.6, 0.6, 0.6]}
@@ -384,7 +389,7 @@ def rewrite_curves(root, change):
 
 def test_seconds_to_an_accuracy_that_every_seed_of_the_baseline_reaches(tmp_path):
     study = fabricate.study(("baseline", "slow", "half", "never"), seeds=(0, 1))
-    make(tmp_path, study)
+    prepare(tmp_path, study)
     reached = {
         ("baseline", 0): [0.1, 0.2, 0.537, 0.4, 0.4, 0.4],
         ("baseline", 1): [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
@@ -411,7 +416,7 @@ def test_what_was_seen_of_a_training_is_named(tmp_path):
     study = fabricate.study(("baseline", "overfits", "jumps", "early", "lost", "improving", "keeps_last"), seeds=(0, 1))
     object.__setattr__(study.variants["early"].train, "epochs", 20)
     object.__setattr__(study.variants["keeps_last"].train, "keep", "last")
-    make(tmp_path, study, epochs=10, diverged=[("lost", 1)])
+    prepare(tmp_path, study, epochs=10, diverged=[("lost", 1)])
     for one in study.variants.values():
         object.__setattr__(one.train, "epochs", 20 if one is study.variants["early"] else 10)
     flat = [1, 0.9, 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
@@ -442,7 +447,7 @@ def test_what_was_seen_of_a_training_is_named(tmp_path):
 
 def test_of_a_variant_that_diverged_in_some_seed_the_others_are_not_shown(tmp_path):
     study = fabricate.study(("baseline", "lost"), seeds=(0, 1))
-    make(tmp_path, study, diverged=[("lost", 0)])
+    prepare(tmp_path, study, diverged=[("lost", 0)])
     material = results.gather(study, tmp_path)
     page = pages.build(study, material)
     assert material.confusion("lost") is None and material.class_scores("lost", "f1") is None
@@ -474,7 +479,7 @@ def test_the_design_is_checked(tmp_path):
     object.__setattr__(study.variants["longer"].train, "epochs", 12)
     two = study.variants["two_at_once"]
     object.__setattr__(two.model, "activation", "tanh")
-    make(tmp_path, study, pictures=100)
+    prepare(tmp_path, study, pictures=100)
     material = results.gather(study, tmp_path)
     delta = material.results["variants"]["near"]["delta"]
     material.results["variants"]["near"]["delta"] = delta | {"mean": 0.001}
@@ -482,14 +487,19 @@ def test_the_design_is_checked(tmp_path):
     names = {name: text for name, text in told.items() if "one setting" in text}
     assert list(names) == ["two_at_once, longer"]
     assert told["longer"].startswith("trained for 12 epochs") and "the budget is part of the change" in told["longer"]
-    assert any(
-        "near" in name and "100 test pictures can't tell such small differences" in text for name, text in told.items()
-    )
+    assert any("near" in name and "100 test pictures can't tell so small" in text for name, text in told.items())
+    delta |= {"mean": 0.001, "verdict": "indistinguishable", "ci95": [-0.01, 0.012], "p_adjusted": 0.8}
+    material.results["variants"]["near"]["delta"] = delta
+    told = dict(pages.build(study, material)["checks"])
+    assert "100 test pictures are too few" in told["near"]
+    material.results["variants"]["near"]["delta"] = delta | {"seeds_needed": 40}
+    told = dict(pages.build(study, material)["checks"])
+    assert not any("near" in name and "test pictures" in text for name, text in told.items())
 
 
 def test_layers_that_differ_from_the_reference_are_marked(tmp_path):
     study = fabricate.study(("baseline", "other"), seeds=(0,))
-    make(tmp_path, study)
+    prepare(tmp_path, study)
     path = tmp_path / "plan/networks/other.json"
     network = json.loads(path.read_text())
     network["layers"][0]["detail"] = "5×5, same"

@@ -154,17 +154,16 @@ def checks(study: Params, material: Material, text: Format) -> list[tuple[str, s
         if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
             about.setdefault(told, []).append(name)
-    small = []
+    pictures = counted(material.card["counts"]["test"], "test picture")
     for name, half in material.resolution.items():
         delta = material.results["variants"][name]["delta"]
-        hidden = delta["verdict"] == "indistinguishable" and delta["mean"] and delta["seeds_needed"] is None
-        if half and (hidden or (delta["verdict"] == "undetermined" and 0 < abs(delta["mean"] or 0) < half)):
-            small.append(name)
-    if small:
-        widest = text.points(max(material.resolution[name] or 0 for name in small), sign=False)
-        pictures = counted(material.card["counts"]["test"], "test picture")
-        told = f"{pictures} can't tell such small differences: their choice alone moves them by up to ±{widest} points"
-        about[told] = small
+        difference, verdict = abs(delta["mean"] or 0), delta["verdict"]
+        if verdict == "indistinguishable" and difference and delta["seeds_needed"] is None:
+            told = f"{pictures} are too few to tell so small a difference from none, whatever the number of seeds"
+            about.setdefault(told, []).append(name)
+        elif verdict == "undetermined" and half and 0 < difference < half:
+            told = f"{pictures} can't tell so small a difference: their choice alone may make up more"
+            about.setdefault(told, []).append(name)
     return [(", ".join(names), told) for told, names in about.items()]
 
 
