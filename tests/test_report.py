@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import classification_report
+from statsmodels.stats.multitest import multipletests
+from test_statistics import by_statsmodels
 
 from ablation_lab import evaluation
 from ablation_lab.errors import LabError
@@ -454,6 +456,29 @@ def test_of_a_variant_that_diverged_in_some_seed_the_others_are_not_shown(tmp_pa
     assert material.mistakes["lost"] == [] and material.surest["lost"] == []
     assert {row[0]: row[1:] for row in page["errors"]["calibration"].rows}["lost"] == ["–"] * 4
     assert all(row[-1] == "–" for row in page["errors"]["classes"].rows)
+
+
+def test_intervals_agree_with_statsmodels_and_scipy_on_stored_predictions(usual):
+    root, study, _ = usual
+    right = {}
+    for name in study.variants:
+        flags = []
+        for seed in study.seeds:
+            with np.load(root / f"cells/{name}/seed-{seed}/predictions.npz") as arrays:
+                flags.append(arrays["test_probabilities"].argmax(axis=1) == arrays["test_labels"])
+        right[name] = np.array(flags).astype(int)
+    accuracies = np.array([table.mean(axis=1) for table in right.values()])
+    found = reports(root)[0]["variants"]
+    others = [name for name in right if name != "baseline"]
+    p = []
+    for name in others:
+        mean, interval, raw = by_statsmodels(right[name] - right["baseline"], accuracies)
+        assert found[name]["delta"]["mean"] == pytest.approx(mean)
+        assert found[name]["delta"]["ci95"] == pytest.approx(list(interval))
+        assert found[name]["test_accuracy"]["ci95"] == pytest.approx(list(by_statsmodels(right[name])[1]))
+        p.append(raw)
+    adjusted = multipletests(p, method="holm")[1]
+    assert [found[name]["delta"]["p_adjusted"] for name in others] == pytest.approx(adjusted.tolist())
 
 
 def test_calibration_agrees_with_a_plain_computation(usual):
