@@ -82,7 +82,20 @@ def test_all_tables_of_the_page_are_written_twice(usual):
     slugs |= {"probability_of_the_actual_class", "pictures_of_each_class"}
     slugs |= {"costs", "training_behaviour", "calibration"}
     slugs |= {f"{what}_of_{one}" for what in ("classification_report", "layers") for one in ("baseline", "no_dropout")}
-    assert names == {f"{slug}.{suffix}" for slug in slugs for suffix in ("csv", "tex")}
+    assert names == {f"{slug}.{suffix}" for slug in slugs for suffix in ("csv", "tex")} | {"numbers.csv"}
+
+
+def test_the_main_numbers_are_numbers(usual):
+    found = json.loads((usual[0] / "results.json").read_text())["variants"]
+    table = pd.read_csv(usual[0] / "tables/numbers.csv", index_col="variant")
+    assert list(table.index) == list(found)
+    for name, one in found.items():
+        row = table.loc[name]
+        assert row["test_accuracy"] == pytest.approx(one["test_accuracy"]["mean"], rel=1e-12)
+        assert row["parameters"] == one["parameters"]
+        if one["delta"]["ci95"]:
+            assert [row["difference_low"], row["difference_high"]] == pytest.approx(one["delta"]["ci95"], rel=1e-12)
+            assert row["verdict"] == one["delta"]["verdict"]
 
 
 def test_csv_is_read_as_it_was_meant(usual):

@@ -248,11 +248,12 @@ def test_as_many_seeds_as_are_said_to_be_needed_find_a_difference():
 
     assert 0.7 < coverage.simulate(kind._replace(seeds=enough), 150).detected < 0.95
     assert coverage.simulate(kind._replace(seeds=max(2, enough // 2)), 150).detected < 0.7
-    seen = statistics.Analysis(0.004, 3, 500, 0.1, 0.5, 0.05, 2)
+    seen = statistics.Analysis(0.008, 3, 500, 0.1, 0.5, 0.05, 2)
     assert statistics.seeds_needed(seen, 1) is None
     assert statistics.seeds_needed(seen._replace(between_pictures=0.05), 1) > 3
     tiny = statistics.Analysis(0.0005, 3, 10_000, 1.05, 0.05, 0.05, 2)
     assert statistics.seeds_needed(tiny, 1) > 1000  # the seeds hide it, not the pictures
+    assert statistics.seeds_needed(tiny._replace(mean=0.0002), 1) is None  # two pictures
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 POWER = 0.8  # the chance with which a number of seeds is to tell a difference apart
+THREE = 3  # pictures to either side that no interval is narrower than
 MOST_SEEDS = 10**6  # more are as good as none
 BORROWED = 4  # degrees of freedom that a comparison may borrow from the other variants
 # Of each seed, which test pictures were classified correctly (bool); None when that cell diverged.
@@ -111,6 +112,8 @@ def seeds_needed(found: Analysis, comparisons: int) -> int | None:
     Returns:
         None when no number is enough, as the choice of test pictures alone hides such a difference.
     """
+    if abs(found.mean) < THREE / found.pictures:
+        return None
     of_seeds = max(found.between_seeds - found.rest, 0) / found.pictures
     of_pictures = max(found.between_pictures - found.rest, 0) / found.seeds
 
@@ -251,6 +254,6 @@ def tested(found: Analysis, moderated: bool = True) -> tuple[list[float], float]
     half, p = 0.0, 0.0
     for error, freedom in choices:
         wide = float(stats.t.ppf(1 - ALPHA / 2, freedom))
-        error = max(error, 3 / found.pictures / wide)
+        error = max(error, THREE / found.pictures / wide)
         half, p = max(half, wide * error), max(p, float(2 * stats.t.sf(abs(found.mean) / error, freedom)))
     return [found.mean - half, found.mean + half], p

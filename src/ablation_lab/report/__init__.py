@@ -27,6 +27,7 @@ def write_report(study: Params, root: Path = Path()) -> str:
         files.write_json(out / "timings.json", material.timings)
         files.write_json(out / "provenance.json", provenance.gather(study, material, root))
         exports.write_tables(page, out / "tables")
+        (out / "tables/numbers.csv").write_text(exports.numbers(material.results), encoding="utf-8", newline="\n")
         drawn = figures.draw(study, material, out / "figures")
         (out / "report.md").write_text(pages.markdown(page, drawn), encoding="utf-8")
         (out / "report.html").write_text(pages.html(page, drawn, out), encoding="utf-8")

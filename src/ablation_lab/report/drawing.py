@@ -175,20 +175,8 @@ def _same(boxes: list[Box], reference: list[Box]) -> set[int]:
 
 
 def _looks(box: Box) -> list[tuple]:
-    return [_look(one) for one in box.members]
-
-
-def _look(layer: dict[str, Any]) -> tuple:
     # The width of a layer without weights is that of what feeds it.
-    return layer["type"], layer["detail"], layer["parameters"] and layer["output_shape"][-1]
-
-
-def same_layers(layers: list[dict[str, Any]], reference: list[dict[str, Any]]) -> tuple[set[int], set[int]]:
-    """Which layers two networks have in common, as positions in the one and in the other."""
-    looks, others = ([repr(_look(layer)) for layer in one] for one in (layers, reference))
-    blocks = SequenceMatcher(None, others, looks, autojunk=False).get_matching_blocks()
-    mine = {block.b + i for block in blocks for i in range(block.size)}
-    return mine, {block.a + i for block in blocks for i in range(block.size)}
+    return [(one["type"], one["detail"], one["parameters"] and one["output_shape"][-1]) for one in box.members]
 
 
 def _color(kind: str) -> str:

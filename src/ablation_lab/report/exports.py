@@ -86,6 +86,20 @@ def write_tables(page: Mapping[str, Any], folder: Path) -> None:
         (folder / f"{slug}.tex").write_text(latex(table, slug, page["quick"]), encoding="utf-8", newline="\n")
 
 
+def numbers(results: Mapping[str, Any]) -> str:
+    """The main numbers of each variant as CSV to compute with: not rounded, one to a column, accuracies of 0 to 1."""
+    rows = []
+    for name, one in results["variants"].items():
+        test, delta = one["test_accuracy"], one["delta"]
+        row = {"variant": _field(name, "l"), "parameters": one["parameters"], "macs": one["macs"]}
+        row |= {"test_accuracy": test["mean"], "test_accuracy_std": test["std"]}
+        row |= dict(zip(("test_accuracy_low", "test_accuracy_high"), test["ci95"] or (None, None), strict=True))
+        row |= {"difference": delta["mean"]}
+        row |= dict(zip(("difference_low", "difference_high"), delta["ci95"] or (None, None), strict=True))
+        rows.append(row | {key: delta[key] for key in ("p_adjusted", "verdict", "seeds_needed")})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
 def csv(table: Table) -> str:
     """A table as CSV: one row of headings; a cell's lines in one; a link's cell hash in full; nothing for “–”."""
     rows = [[_field(*one) for one in zip(row, table.columns.values(), strict=True)] for row in table.rows]

@@ -170,7 +170,8 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
     caption = "Variant minus baseline, in the one seed."
     if len(study.seeds) > 1:
         caption = (
-            "Variant minus baseline, paired by seed and picture, with its 95 % interval over seeds and test pictures."
+            "Variant minus baseline, paired by seed and picture, with its 95 % interval over seeds and test pictures. "
+            "The verdicts are adjusted for the number of comparisons, the intervals are not."
         )
     told = "; ".join(
         f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
@@ -282,7 +283,7 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
     if image is not None:
         _confusion_scale(figure, image, panels)
     caption = "Per cent of each actual class, the test part, all seeds together. Shares below 0.5 % are left blank."
-    alt = f"Confusion matrices of {len(variants)} variants; the most confused pairs are in the table below."
+    alt = f"Confusion matrices of {len(variants)} variants; the most confused pairs are in the table above."
     return figure, "Confusion matrices", alt, caption + which
 
 
@@ -400,8 +401,10 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     panels[0].set_ylabel(f"{part} accuracy")
     if told[0].rpartition(": ")[2]:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
-    caption = "Grey: the variants that none is both as cheap and as accurate as (the Pareto front), by their means: "
-    caption += "neighbours may be indistinguishable. Star: the baseline."
+    caption = (
+        "Grey: the Pareto front. No variant is at least as cheap and at least as accurate as those at its corners, "
+    )
+    caption += "by their means; neighbours may be indistinguishable. Star: the baseline."
     alt = f"Accuracy against cost; on the Pareto front of {'; '.join(told)}."
     return figure, "Accuracy against cost", alt, caption + which
 
@@ -465,7 +468,7 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     axes.set_xlabel("training minus validation accuracy, points")
     axes.margins(x=0.06)
     caption = "Dots: seeds. Upright bar: their mean. Both accuracies are those of the kept weights, with dropout off. "
-    caption += "A large gap is overfitting."
+    caption += "A large gap can be a sign of overfitting."
     alt = f"Training minus validation accuracy in points, mean over seeds: {'; '.join(told)}."
     return figure, "Gap between training and validation", alt, caption
 

@@ -4,12 +4,13 @@ from typing import Any
 
 from ablation_lab import params
 from ablation_lab.params import Params
+from ablation_lab.report import tables
 from ablation_lab.report.results import Material, validation_means
 from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, counted, length, setting
 
 SEVERAL = (
-    "more than one setting is changed at once, so that what it does can't be laid to one of them (compared_with shows "
-    "a variant against one that is a single step away)"
+    "more than one setting is changed at once, so that the effect can't be attributed to one of them (compared_with in "
+    "params.yaml compares a variant with one that is a single step away)"
 )
 
 
@@ -56,7 +57,9 @@ def headline(study: Params, results: dict[str, Any], text: Format) -> list[str]:
     tally = [(verdict, verdicts.count(verdict)) for verdict in VERDICT_ORDER if verdict in verdicts]
     if not tally:
         return [first]
-    listed = ", ".join(f"{n} {verdict}" for verdict, n in tally)
+    hints = [name for name, one in results["variants"].items() if hint(one["delta"])]
+    told = {"indistinguishable": f" (of which {', '.join(hints)} {'is a hint' if len(hints) == 1 else 'are hints'})"}
+    listed = ", ".join(f"{n} {verdict}{told.get(verdict, '') if hints else ''}" for verdict, n in tally)
     return [first, f"Of {counted(len(verdicts), 'change')} to it: {listed}."]
 
 
@@ -127,11 +130,20 @@ def _cheaper(variant: dict[str, Any], base: dict[str, Any]) -> str:
     return f"; with {' and '.join(told)}" if told else ""
 
 
+def hint(delta: dict[str, Any]) -> bool:
+    """Whether the interval leaves out zero and the adjusted p doesn't confirm it."""
+    interval = delta["ci95"]
+    return delta["verdict"] == "indistinguishable" and bool(interval) and interval[0] * interval[1] > 0
+
+
 def _more_seeds(delta: dict[str, Any]) -> str:
     """What would tell an indistinguishable difference from none."""
     if delta["verdict"] != "indistinguishable" or not delta["mean"]:
         return ""
     needed = delta["seeds_needed"]
+    if hint(delta):
+        said = "; a hint, as the interval leaves out zero, but among so many comparisons no more than that"
+        return said if needed is None or needed > 1000 else f"{said}: about {needed} seeds would tell"
     if needed is None:
         return "; no number of seeds would tell a difference of this size apart, the test part is too small"
     seeds = "more than 1,000" if needed > 1000 else f"about {needed}"
@@ -153,6 +165,12 @@ def checks(study: Params, material: Material, text: Format) -> list[tuple[str, s
             about.setdefault(SEVERAL, []).append(name)
         if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
+            about.setdefault(told, []).append(name)
+    for name in study.variants:
+        if tables.IMPROVING in tables.seen(study, material, name):
+            told = (
+                "the validation loss was still falling when training ended: with more epochs, differences may be others"
+            )
             about.setdefault(told, []).append(name)
     pictures = counted(material.card["counts"]["test"], "test picture")
     for name, half in material.resolution.items():
@@ -215,11 +233,7 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
             "p values are adjusted after Holm for all comparisons with the baseline, the intervals are not; a verdict "
             "of better or worse needs an adjusted p below 0.05."
         )
-    hidden = [
-        name
-        for name, one in material.results["variants"].items()
-        if one["delta"]["verdict"] == "indistinguishable" and (ci95 := one["delta"]["ci95"]) and ci95[0] * ci95[1] > 0
-    ]
+    hidden = [name for name, one in material.results["variants"].items() if hint(one["delta"])]
     if hidden:
         limits.append(
             f"{', '.join(hidden)}: the interval leaves out zero and yet the adjusted p is not below 0.05. Among "

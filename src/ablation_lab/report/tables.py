@@ -7,7 +7,6 @@ import numpy as np
 
 from ablation_lab import params
 from ablation_lab.params import Params
-from ablation_lab.report import drawing
 from ablation_lab.report.results import BINARY, PAIRS, Material, Shown
 from ablation_lab.report.wording import (
     NONE,
@@ -26,6 +25,7 @@ from ablation_lab.report.wording import (
 UI = "http://127.0.0.1:5000"  # where `ablab ui` is
 RISE = 0.1  # of the validation loss after its lowest, from which on it is called overfitting
 FALL = 0.05  # of the validation loss over the last fifth of a training, from which on it is called improving
+IMPROVING = "still improving when it ended"
 STEADY = 3  # epochs whose mean is judged
 LISTED = 20  # classes up to which tables list all of them
 
@@ -147,13 +147,14 @@ def costs(study: Params, material: Material, text: Format) -> Table:
     columns |= {"Seconds in all": "r"}
     note = (
         "Trained: parameters that training changes. MACs are the multiply–accumulate operations of one picture. "
-        "Seconds are means over seeds, on the machine that trained them; of an epoch the median."
+        "Seconds are means over seeds, on the machine that trained them; of an epoch the median, in all with building, "
+        "compiling and predicting."
     )
     if target is not None:
         columns |= {f"Seconds to {100 * target:.0f}\xa0%": "r"}
         note += (
             f" Seconds to {100 * target:.0f} %: until the validation accuracy was first that high, which every seed of "
-            "the baseline reaches; the mean over the seeds that got there, and how many that are."
+            "the baseline reaches; the mean over the seeds that got there."
         )
     return Table("Costs", columns, rows, note)
 
@@ -193,19 +194,21 @@ def behaviour(study: Params, material: Material, text: Format) -> Table:
                 span([cell["epochs"] for cell in cells]),
                 _best_epochs(study, name, cells),
                 minus(f"{np.mean(gaps):.1f}") if gaps else NONE,
-                _went(study, material, name),
+                seen(study, material, name),
             ]
         )
     columns = {"Variant": "l", "Epochs": "r", "Best epoch": "r", "Gap, points": "r", "What was seen": "l"}
     note = (
-        "Gap: training minus validation accuracy of the kept weights, mean over seeds. The validation loss is judged "
+        "Best epoch: the one whose weights are kept, by train.monitor on the validation part. Gap: training minus "
+        "validation accuracy of the kept weights, mean over seeds. The validation loss is judged "
         f"as a mean over {STEADY} epochs. Overfitting: it ends {100 * RISE:.0f} % or more above its lowest, while the "
         f"training loss falls. Still improving: it has fallen by {100 * FALL:.0f} % or more over the last fifth."
     )
     return Table("Training behaviour", columns, rows, note)
 
 
-def _went(study: Params, material: Material, name: str) -> list[str]:
+def seen(study: Params, material: Material, name: str) -> list[str]:
+    """What a variant's trainings did, in words."""
     planned, cells = study.variants[name].train.epochs, material.results["variants"][name]["cells"]
     diverged, overfitted, early, improving = [], [], [], []
     for seed, cell in cells.items():
@@ -237,7 +240,7 @@ def _went(study: Params, material: Material, name: str) -> list[str]:
     if early:
         told.append(f"stopped early, after {span(early)} of {planned} epochs{of(early)}")
     if improving:
-        told.append(f"still improving when it ended{of(improving)}")
+        told.append(IMPROVING + of(improving))
     return told or [NONE if max(cell["epochs"] for cell in cells.values()) < 2 * STEADY else "nothing noticed"]
 
 
@@ -331,7 +334,7 @@ def _pairs(study: Params, material: Material) -> Table:
             ] or ["no mistakes"]
         rows.append([variant, lines])
     columns = {"Variant": "l", "Actual → predicted: share of the actual class (pictures, all seeds)": "l"}
-    return Table("Most confused pairs", columns, rows)
+    return Table("Most confused pairs", columns, rows, "On the test part, all seeds counted.")
 
 
 def _class_scores(study: Params, material: Material, text: Format) -> Table:
@@ -432,22 +435,22 @@ def cells(study: Params, material: Material, text: Format) -> Table:
 def layers(study: Params, material: Material, name: str) -> Table:
     """A network's layers, and which of them its reference has not, or has otherwise."""
     network, before = material.networks[name], study.variants[name].compared_with or study.study.baseline
-    other = material.networks[before]["layers"]
-    same, kept = drawing.same_layers(network["layers"], other)
-    known = {layer["name"] for layer in other}
+    other = {layer["name"]: layer for layer in material.networks[before]["layers"]}
     rows: list[list[str | list[str]]] = []
-    for place, layer in enumerate(network["layers"]):
+    for layer in network["layers"]:
         shape = " × ".join("any" if size is None else str(size) for size in layer["output_shape"])
         row = [layer["name"], layer["type"], layer["detail"], shape, f"{layer['parameters']:,}", f"{layer['macs']:,}"]
         if before != name:
-            row.append(NONE if place in same else "differs" if layer["name"] in known else "new")
+            there = other.get(layer["name"])
+            same = there and all(layer[key] == there[key] for key in ("type", "detail", "output_shape", "parameters"))
+            row.append(NONE if same else "differs" if there else "new")
         rows.append([*row])
     columns = {"Layer": "l", "Type": "l", "Detail": "l", "Output": "r", "Parameters": "r", "MACs": "r"}
     note = f"{network['parameters']:,} parameters, {network['trainable_parameters']:,} of them trained."
     if before != name:
         columns |= {f"Against {before}": "l"}
         own = {layer["name"] for layer in network["layers"]}
-        gone = [layer["name"] for place, layer in enumerate(other) if place not in kept and layer["name"] not in own]
+        gone = [one for one in other if one not in own]
         note += f" Not there, but in {before}: {', '.join(gone)}." if gone else ""
     return Table(f"Layers of {name}", columns, rows, note)
 
