@@ -114,13 +114,12 @@ def seeds_needed(found: Analysis, comparisons: int) -> int | None:
     """
     if abs(found.mean) < THREE / found.pictures:
         return None
-    of_seeds = max(found.between_seeds - found.rest, 0) / found.pictures
     of_pictures = max(found.between_pictures - found.rest, 0) / found.seeds
 
     def enough(n: int) -> bool:
         expected = found._replace(
             seeds=n,
-            between_seeds=found.pictures * of_seeds + found.rest,
+            between_seeds=max(found.between_seeds, found.rest),
             between_pictures=n * of_pictures + found.rest,
             freedom=n - 1 + found.freedom - (found.seeds - 1),
         )

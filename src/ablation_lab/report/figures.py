@@ -20,7 +20,7 @@ from PIL import Image
 
 from ablation_lab.params import Params
 from ablation_lab.report import drawing
-from ablation_lab.report.results import EXAMPLES, Material, validation_means
+from ablation_lab.report.results import EXAMPLES, Material, mean_of, validation_means
 from ablation_lab.report.wording import si
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
@@ -104,7 +104,7 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         color = _looks(study, name)["color"]
         values = [cell[key] for cell in variant["cells"].values() if cell[key] is not None]
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
-        mean, interval = _mean(variant, key), variant["test_accuracy"]["ci95"]  # the validation part has none
+        mean, interval = mean_of(variant, key), variant["test_accuracy"]["ci95"]  # the validation part has none
         if interval:
             axes.plot(interval, [row, row], color=color, linewidth=2, solid_capstyle="butt")
         if mean is not None:
@@ -118,7 +118,7 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         if key in variant["reported"]:
             reported = True
             axes.plot(variant["reported"][key], row, "*", color="white", markeredgecolor="#B00020", ms=13)
-    base = _mean(material.results["variants"][study.study.baseline], key)
+    base = mean_of(material.results["variants"][study.study.baseline], key)
     if base is not None:
         axes.axvline(base, color=BASELINE, linewidth=1, linestyle="--")
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
@@ -129,16 +129,10 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         caption += " Line: 95 % interval of the mean, over seeds and test pictures."
     caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
-    means = {name: _mean(variant, key) for name, variant in material.results["variants"].items()}
+    means = {name: mean_of(variant, key) for name, variant in material.results["variants"].items()}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
     title = f"{part.capitalize()} accuracy"
     return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption
-
-
-def _mean(variant: dict[str, Any], key: str) -> float | None:
-    """Over the seeds; None where one of them diverged."""
-    values = [cell[key] for cell in variant["cells"].values()]
-    return None if None in values else float(np.mean(values))
 
 
 def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -377,7 +371,7 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     labels = {name: _wrap(name, 26) for name in names}
     figure = Figure(figsize=(WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    means = {name: _mean(material.results["variants"][name], f"{part}_accuracy") for name in names}
+    means = {name: mean_of(material.results["variants"][name], f"{part}_accuracy") for name in names}
     told = []
     for axes, (what, costs) in zip(panels, _costs(material).items(), strict=True):
         points = {name: (costs[name], mean) for name, mean in means.items() if mean is not None and costs[name]}
@@ -450,12 +444,9 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """How much better the kept network is on the pictures that it was trained with."""
     figure, axes = _rows(study.variants)
     told = []
-    for row, (name, variant) in enumerate(material.results["variants"].items()):
+    for row, name in enumerate(study.variants):
         color = _looks(study, name)["color"]
-        cells = variant["cells"].values()
-        values = [
-            100 * (cell["train_accuracy"] - cell["validation_accuracy"]) for cell in cells if cell["status"] == "ok"
-        ]
+        values = material.gaps(name)
         if not values:
             axes.text(0.02, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
             told.append(f"{name} diverged")
@@ -652,7 +643,7 @@ def _ranked(study: Params, material: Material) -> list[str]:
     """All variants, those first that a reader wants to see where there isn't room for all: the baseline, the best on
     the validation part, then those whose accuracy is farthest from the baseline's; last those that diverged."""
     key = "test_accuracy" if material.shown else "validation_accuracy"
-    means = {name: _mean(one, key) for name, one in material.results["variants"].items()}
+    means = {name: mean_of(one, key) for name, one in material.results["variants"].items()}
     known = {name: mean for name, mean in means.items() if mean is not None}
     middle = known.get(study.study.baseline, float(np.median(list(known.values()) or [0])))
     far = sorted(known, key=lambda name: -abs(known[name] - middle))

@@ -36,6 +36,7 @@ def build(study: Params, material: Material) -> dict[str, Any]:
     """All content of the report but the figures, by section."""
     results, card = material.results, material.card
     text = Format(decimals(results, card["counts"]["test"]))
+    went = {name: tables.seen(study, material, name) for name in study.variants}
     quick = QUICK if study.study.quick else None
     return {
         "quick": quick,
@@ -47,12 +48,12 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "headline": summary.headline(study, results, text) + summary.selected(material, text),
         "findings": [] if material.shown is None else summary.findings(study, results, text),
         "limits": summary.limits(study, material, text),
-        "checks": summary.checks(study, material, text),
+        "checks": summary.checks(study, material, went),
         "variants": tables.variants(study, material, text),
         "selection": tables.selection(material, text),
         "steps": tables.steps(study, material, text),
-        "costs": tables.costs(study, material, text),
-        "behaviour": tables.behaviour(study, material, text),
+        "costs": tables.costs(study, material),
+        "behaviour": tables.behaviour(study, material, went),
         "reported": tables.reported(study, material, text),
         "binary": tables.binary(study, material, text),
         "errors": tables.mistakes(study, material, text),

@@ -106,6 +106,11 @@ class Material:
         found = [scores["calibration"] for scores in self._tests(variant)]
         return {key: np.sum([one[key] for one in found], axis=0) for key in found[0]} if found else None
 
+    def gaps(self, variant: str) -> list[float]:
+        """Training minus validation accuracy of the kept weights, in points, of the seeds that did not diverge."""
+        cells = self.results["variants"][variant]["cells"].values()
+        return [100 * (one["train_accuracy"] - one["validation_accuracy"]) for one in cells if one["status"] == "ok"]
+
     def history(self, variant: str, seed: int) -> pd.DataFrame:
         """A cell's rows of `curves`."""
         return self.curves[(self.curves["variant"] == variant) & (self.curves["seed"] == seed)]
@@ -116,11 +121,13 @@ class Material:
 
 def validation_means(results: dict[str, Any]) -> dict[str, float]:
     """Validation accuracies, means over seeds, of the variants that no seed diverged of."""
-    return {
-        name: float(np.mean(values))
-        for name, one in results["variants"].items()
-        if None not in (values := [cell["validation_accuracy"] for cell in one["cells"].values()])
-    }
+    means = {name: mean_of(one, "validation_accuracy") for name, one in results["variants"].items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def mean_of(variant: dict[str, Any], key: str) -> float | None:
+    """A variant's mean over seeds; None where one of them diverged."""
+    return _mean([cell[key] for cell in variant["cells"].values()])
 
 
 def gather(study: Params, root: Path) -> Material:
@@ -181,6 +188,7 @@ def gather(study: Params, root: Path) -> Material:
         "data": {key: card[key] for key in ("name", "classes", "counts", "digest")},
         "variants": variants,
     }
+    wrong = {name: _wrong_answers(study, name, cells, images, parts["test"], root) for name in study.variants}
     return Material(
         results,
         _timings(study, root),
@@ -190,11 +198,11 @@ def gather(study: Params, root: Path) -> Material:
         curves,
         card,
         _pictures(images, labels, parts["train"], card),
-        {name: _mistakes(study, name, cells, images, parts["test"], root) for name in study.variants},
+        {name: pairs for name, (pairs, _) in wrong.items()},
         _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
         files.read_json(root / cell.SELECTION / selection.CHOICE) if study.second else None,
         _roc(study, cells, root) if len(card["classes"]) == 2 else {},
-        {name: _surest(study, name, cells, images, parts["test"], root) for name in study.variants},
+        {name: surest for name, (_, surest) in wrong.items()},
         {name: statistics.resolution(right[name], right[baseline]) for name in others},
         _target(study, cells, curves),
     )
@@ -239,50 +247,35 @@ def _confusion(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> np
     return np.sum(counts, axis=0) if counts else None
 
 
-def _mistakes(
+def _wrong_answers(
     study: Params,
     name: str,
     cells: dict[tuple[str, int], dict[str, Any]],
     images: np.ndarray,
     test: np.ndarray,
     root: Path,
-) -> list[Pair]:
-    counts, seed = _confusion(cells, name), study.seeds[0]
+) -> tuple[list[Pair], list[Wrong]]:
+    """The pairs of classes that a variant confuses most, and what its first seed's network was surest of and wrong."""
+    counts = _confusion(cells, name)
     if counts is None:
-        return []
-    file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
-    probabilities, labels = file["test_probabilities"], file["test_labels"]
-    chosen = probabilities.argmax(axis=1)
-    wrong = counts - np.diag(np.diag(counts))
-    pairs = []
-    for place in np.argsort(-wrong.ravel(), kind="stable")[:PAIRS]:
-        actual, predicted = divmod(int(place), len(counts))
-        if not wrong[actual, predicted]:
-            break
-        members = np.flatnonzero((labels == actual) & (chosen == predicted))
-        surest = members[np.argsort(-probabilities[members, predicted], kind="stable")[:EXAMPLES]]
-        pictures = [(_thumbnail(images[test[i]]), float(probabilities[i, predicted])) for i in surest]
-        pairs.append(Pair(actual, predicted, int(wrong[actual, predicted]), int(counts[actual].sum()), pictures))
-    return pairs
-
-
-def _surest(
-    study: Params,
-    name: str,
-    cells: dict[tuple[str, int], dict[str, Any]],
-    images: np.ndarray,
-    test: np.ndarray,
-    root: Path,
-) -> list[Wrong]:
-    if not _tests(cells, name):
-        return []
-    seed = study.seeds[0]
-    file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
+        return [], []
+    file = _arrays(cell.folder(name, study.seeds[0], root) / cell.PREDICTIONS)
     probabilities, labels = file["test_probabilities"], file["test_labels"]
     chosen, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    confused = counts - np.diag(np.diag(counts))
+    pairs = []
+    for place in np.argsort(-confused.ravel(), kind="stable")[:PAIRS]:
+        actual, predicted = divmod(int(place), len(counts))
+        if not confused[actual, predicted]:
+            break
+        members = np.flatnonzero((labels == actual) & (chosen == predicted))
+        shown = members[np.argsort(-surety[members], kind="stable")[:EXAMPLES]]
+        pictures = [(_thumbnail(images[test[i]]), float(surety[i])) for i in shown]
+        pairs.append(Pair(actual, predicted, int(confused[actual, predicted]), int(counts[actual].sum()), pictures))
     wrong = np.flatnonzero(chosen != labels)
     wrong = wrong[np.argsort(-surety[wrong], kind="stable")[:EXAMPLES]]
-    return [Wrong(_thumbnail(images[test[i]]), int(labels[i]), int(chosen[i]), float(surety[i])) for i in wrong]
+    surest = [Wrong(_thumbnail(images[test[i]]), int(labels[i]), int(chosen[i]), float(surety[i])) for i in wrong]
+    return pairs, surest
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -306,11 +299,15 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
 
 def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {}
-    for name, seed in study.cells:
-        if all(scores.get("roc_auc") is not None for scores in _tests(cells, name) or [{}]):
+    for name in study.variants:
+        scores = _tests(cells, name)
+        if not scores or None in [one["roc_auc"] for one in scores]:
+            continue
+        found[name] = []
+        for seed in study.seeds:
             file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
             curve = roc_curve(file["test_labels"], file["test_probabilities"][:, 1], drop_intermediate=False)
-            found.setdefault(name, []).append(np.array(curve[:2]))
+            found[name].append(np.array(curve[:2]))
     return found
 
 

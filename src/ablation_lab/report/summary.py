@@ -1,5 +1,6 @@
 """The report's sentences, made from numbers by rules."""
 
+from itertools import count, islice
 from typing import Any
 
 from ablation_lab import params
@@ -150,7 +151,7 @@ def _more_seeds(delta: dict[str, Any]) -> str:
     return f"; {seeds} seeds would tell a difference of this size apart"
 
 
-def checks(study: Params, material: Material, text: Format) -> list[tuple[str, str]]:
+def checks(study: Params, material: Material, went: dict[str, list[str]]) -> list[tuple[str, str]]:
     """What is wrong with the study's design, and with which variants: the plan's warnings first."""
     about: dict[str, list[str]] = {}
     for name, network in material.networks.items():
@@ -166,8 +167,8 @@ def checks(study: Params, material: Material, text: Format) -> list[tuple[str, s
         if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
             about.setdefault(told, []).append(name)
-    for name in study.variants:
-        if tables.IMPROVING in tables.seen(study, material, name):
+    for name, seen in went.items():
+        if tables.IMPROVING in seen:
             told = (
                 "the validation loss was still falling when training ended: with more epochs, differences may be others"
             )
@@ -252,10 +253,7 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
 def commands(study: Params) -> list[tuple[str, str]]:
     if study.study.quick:
         return [("ablab quick", "this check"), ("make repro", "the real thing")]
-    seeds = list(study.seeds)
-    for seed in range(len(seeds) + 2 + max(seeds)):
-        if len(seeds) < len(study.seeds) + 2 and seed not in seeds:
-            seeds.append(seed)
+    seeds = [*study.seeds, *islice((seed for seed in count() if seed not in study.seeds), 2)]
     return [
         ("make repro", "set up from the lock file and run the study of params.yaml; what is up to date is kept"),
         (f"dvc exp run -S 'seeds=[{','.join(map(str, seeds))}]'", "more seeds: only the new cells are trained"),

@@ -110,12 +110,11 @@ def steps(study: Params, material: Material, text: Format) -> Table | None:
 def _epochs_to_reach(material: Material, name: str, before: str) -> str | list[str]:
     """Epochs until a variant's validation accuracy is the best of another one's, seed by seed; `> n` where it never is
     in n epochs."""
-    curves = material.curves
     mine: list[int] = []
     theirs: list[int] = []
     never: list[int] = []
-    for seed in sorted(set(curves["seed"])):
-        ours, other = (curves[(curves["variant"] == one) & (curves["seed"] == seed)] for one in (name, before))
+    for seed in sorted(set(material.curves["seed"])):
+        ours, other = (material.history(one, seed) for one in (name, before))
         best = other["val_accuracy"].max()
         if not best > 0:
             return NONE
@@ -127,7 +126,7 @@ def _epochs_to_reach(material: Material, name: str, before: str) -> str | list[s
     return [", ".join(told), f"{before}: {span(theirs)}"]
 
 
-def costs(study: Params, material: Material, text: Format) -> Table:
+def costs(study: Params, material: Material) -> Table:
     """What each variant costs, in size and in time."""
     base, target = material.networks[study.study.baseline], material.target
     rows: list[list[str | list[str]]] = []
@@ -180,21 +179,19 @@ def _best_epochs(study: Params, name: str, cells: Iterable[dict[str, Any]]) -> s
     return span([cell["best_epoch"] for cell in cells if cell["best_epoch"] is not None])
 
 
-def behaviour(study: Params, material: Material, text: Format) -> Table:
-    """How each variant's training went, in words."""
+def behaviour(study: Params, material: Material, went: dict[str, list[str]]) -> Table:
+    """How each variant's training went, with what was `seen` of it."""
     rows: list[list[str | list[str]]] = []
     for name, one in material.results["variants"].items():
         cells = list(one["cells"].values())
-        gaps = [
-            100 * (cell["train_accuracy"] - cell["validation_accuracy"]) for cell in cells if cell["status"] == "ok"
-        ]
+        gaps = material.gaps(name)
         rows.append(
             [
                 name,
                 span([cell["epochs"] for cell in cells]),
                 _best_epochs(study, name, cells),
                 minus(f"{np.mean(gaps):.1f}") if gaps else NONE,
-                seen(study, material, name),
+                went[name],
             ]
         )
     columns = {"Variant": "l", "Epochs": "r", "Best epoch": "r", "Gap, points": "r", "What was seen": "l"}
