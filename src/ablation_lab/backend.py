@@ -35,6 +35,7 @@ with _quiet_stderr():
     import keras
     import numpy as np
     import tensorflow as tf
+    from keras.src.random.seed_generator import global_seed_generator
     from keras.src.saving import saving_lib
 
     tf.config.list_physical_devices()
@@ -79,10 +80,11 @@ def compile_with_xla() -> bool | str:
 
 
 def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:
-    """Set every random generator in a network (dropout, augmentation) from the cell's seed and the epoch.
+    """Set every random generator of a network (dropout, augmentation), and Keras' own, from a seed and the epoch.
 
     An epoch's random numbers then don't depend on what ran before it: a resumed training is the same training.
     """
     states = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
+    states.append(global_seed_generator().state)  # what `keras.random` uses in a layer that gives no seed
     for position, state in enumerate(states):
         state.assign([np.random.SeedSequence([seed, epoch, position]).generate_state(1)[0], 0])

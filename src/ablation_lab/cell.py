@@ -97,6 +97,21 @@ def cell_hash(plan_hash: str, seed: int | None, data_digest: str, code: dict[str
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def hashes(plan_hash: str, seed: int, data_digest: str, root: Path = Path()) -> dict[str, str]:
+    """By which `cell.json` tells what a cell was made from; `variant_hash` is what a variant's cells have in common."""
+    code = training_code(root)
+    cell, variant = (cell_hash(plan_hash, one, data_digest, code) for one in (seed, None))
+    return {"cell_hash": cell, "variant_hash": variant, "plan_hash": plan_hash, "data_digest": data_digest}
+
+
+def is_finished(folder: Path, wanted: str) -> bool:
+    """Whether a folder holds the finished cell with this hash."""
+    try:
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))["cell_hash"] == wanted
+    except (OSError, ValueError, KeyError):
+        return False  # another process is writing it, say
+
+
 def history(folder: Path) -> list[dict[str, float]]:
     """A cell's epochs: the rows of `history.csv`, each with its `epoch_seconds`."""
     seconds = files.read_json(folder / TIMING)["epoch_seconds"]
@@ -108,11 +123,6 @@ def history(folder: Path) -> list[dict[str, float]]:
 def finished_twin(cells: Path, here: Path, wanted: str) -> Path | None:
     """Another folder that holds the finished cell with this hash: a variant that resolves to the same network."""
     for result in sorted(cells.glob(f"*/seed-*[0-9]/{RESULT}")):  # not the .part of another process
-        if result.parent == here:
-            continue
-        try:
-            if json.loads(result.read_text(encoding="utf-8"))["cell_hash"] == wanted:
-                return result.parent
-        except (OSError, ValueError, KeyError):
-            continue  # another process is writing it
+        if result.parent != here and is_finished(result.parent, wanted):
+            return result.parent
     return None

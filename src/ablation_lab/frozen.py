@@ -96,7 +96,9 @@ def split(network: keras.Model, trained: keras.Model) -> tuple[keras.Model, kera
     return prefix, rest, fitted
 
 
-def features(prefix: keras.Model, images: np.ndarray, data_digest: str, threads: int, name: str) -> list[np.ndarray]:
+def features(
+    prefix: keras.Model, images: np.ndarray, data_digest: str, threads: int, name: str, folder: Path | None = None
+) -> list[np.ndarray]:
     """What the prefix makes of all pictures, from the cache or computed now.
 
     Args:
@@ -105,11 +107,12 @@ def features(prefix: keras.Model, images: np.ndarray, data_digest: str, threads:
         data_digest: of the processed data, in place of the pictures themselves.
         threads: CPU threads; results depend on them, and on the device and on TensorFlow's version.
         name: what the progress bar is called.
+        folder: of the cache; `features/` below the root by default.
 
     Returns:
         One float32 array (n, …) for each output of the prefix, mapped from disk.
     """
-    folder = files.root() / FOLDER
+    folder = folder or files.root() / FOLDER
     folder.mkdir(exist_ok=True)
     entry = folder / _key(prefix, data_digest, threads)
     with FileLock(_lock(entry)):  # another cell may be computing the same ones

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline
+from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline, resume
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
 from ablation_lab.tracking import live
@@ -39,34 +39,44 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
     Returns:
         What `cell.json` holds.
     """
+    with resume.alone(variant, seed, root) as waited:
+        out = cell.folder(variant, seed, root)
+        identity, hashes = _identity(variant, seed, root)
+        if waited and cell.is_finished(out, identity.cell_hash):
+            print(f"{identity.name}: trained by that process, result kept")
+            return files.read_json(out / cell.RESULT)
+        with live.cell_run(identity) as run:
+            twin = cell.finished_twin(root / "cells", out, identity.cell_hash)
+            if twin:
+                print(f"{identity.name}: the same training as {twin.parent.name}-{seed}, result shared")
+                take_over(twin, out)
+                for row in cell.history(out):
+                    run.epoch(row)
+            else:
+                _train_into(out, identity, hashes, run, root)
+            result = files.read_json(out / cell.RESULT)
+            run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
+    return result
+
+
+def _identity(variant: str, seed: int, root: Path) -> tuple[live.Identity, dict[str, str]]:
+    """What a cell's run in MLflow is told, and the hashes that `cell.json` holds."""
     plan_file = cell.plan_file(variant, root)
     plan = files.read_json(plan_file)
     card = files.read_json(root / DATA / "card.json")
-    code = cell.training_code(root)
-    plan_hash = hashlib.sha256(plan_file.read_bytes()).hexdigest()
-    cell_hash, variant_hash = (cell.cell_hash(plan_hash, one, card["digest"], code) for one in (seed, None))
-    out = cell.folder(variant, seed, root)
-    twin = cell.finished_twin(root / "cells", out, cell_hash)
-    made = live.provenance()
-    identity = live.Identity(cell.study_name(root), variant, seed, cell_hash, variant_hash, plan, card, made)
-    with live.cell_run(identity) as run:
-        if twin:
-            print(f"{variant}-{seed}: the same training as {twin.parent.name}-{seed}, result shared")
-            take_over(twin, out)
-            result = files.read_json(out / cell.RESULT)
-            for row in cell.history(out):
-                run.epoch(row)
-        else:
-            start = cell.start(seed, root) if "start" in plan else None
-            with files.whole(out) as folder:
-                result = train(plan, seed, root / DATA, folder, identity.name, run.epoch, start)
-                result |= {"cell_hash": cell_hash, "variant_hash": variant_hash}
-                result |= {"plan_hash": plan_hash, "data_digest": card["digest"]}
-                files.write_json(folder / cell.RESULT, result)
-                timing = files.read_json(folder / cell.TIMING)
-                files.write_json(folder / cell.TIMING, timing | {"made": made})
-        run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
-    return result
+    hashes = cell.hashes(hashlib.sha256(plan_file.read_bytes()).hexdigest(), seed, card["digest"], root)
+    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance())
+    return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
+
+
+def _train_into(out: Path, identity: live.Identity, hashes: dict[str, str], run: live.CellRun, root: Path) -> None:
+    start = cell.start(identity.seed, root) if "start" in identity.plan else None
+    with resume.place(identity.cell_hash) as state, files.whole(out) as folder:
+        told = (identity.name, run.epoch, start, state)
+        result = train(identity.plan, identity.seed, root / DATA, folder, *told)
+        files.write_json(folder / cell.RESULT, result | hashes)
+        timing = files.read_json(folder / cell.TIMING)
+        files.write_json(folder / cell.TIMING, timing | {"made": identity.made})
 
 
 def train(
@@ -77,6 +87,8 @@ def train(
     name: str,
     report: EpochReport,
     start: Path | None = None,
+    state: Path | None = None,
+    features: Path | None = None,
 ) -> dict[str, Any]:
     """Train one cell and write its files to `out`; all but `timing.json` are the same bytes every time.
 
@@ -91,6 +103,8 @@ def train(
         name: what the progress bar is called.
         report: called after each epoch with its row of `history.csv` and `epoch_seconds`.
         start: the weights to start from; None are new ones, and a ready-made backbone's own.
+        state: where the state is kept from which a training that was killed goes on; None keeps none.
+        features: where what a frozen prefix gives is kept; by default where all cells of the project have it.
 
     Returns:
         The result for `cell.json`.
@@ -114,8 +128,8 @@ def train(
     whole, trained = network, models.trained(network, model)
     if plan.get("frozen_once"):
         prefix, whole, trained = frozen.split(network, trained)
-        features = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name)
-        arrays = replace(arrays, inputs=features)
+        found = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name, features)
+        arrays = replace(arrays, inputs=found)
     whole.compile(jit_compile=backend.compile_with_xla())  # for its predictions, where it isn't what is trained
     trainer = _augmented(trained, plan["input"]["augment"])
     trainer.compile(
@@ -125,14 +139,25 @@ def train(
         jit_compile=backend.compile_with_xla(),
     )
     untrained = trainer.get_weights()
-    recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None, report)
+    recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
+    remembering = [recorder, *optimization.callbacks(settings)]
+    keeper = resume.Keeper(state, remembering)
+    last = settings["epochs"]
+    done = min(keeper.load(trainer), last)
+    for row in recorder.rows():
+        report(row)
+    if recorder.history:
+        print(f"{name}: goes on after epoch {len(recorder.history)}", file=sys.stderr, flush=True)
+    # An epoch is told when it is kept: what is known of a training is not trained again.
+    tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(recorder.rows()[-1]))
     trainer.fit(
-        pipeline.training_batches(arrays, shuffled, 0, settings["epochs"], form),
+        pipeline.training_batches(arrays, shuffled, min(done, last - 1), last, form),
         steps_per_epoch=shuffled.steps,
-        epochs=settings["epochs"],
+        epochs=last,
+        initial_epoch=done,
         validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
         class_weight=optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part]),
-        callbacks=[recorder, *optimization.callbacks(settings), Progress(name, shuffled.steps)],
+        callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
         shuffle=False,  # the batches come shuffled
         verbose=0,
     )
@@ -205,12 +230,11 @@ class Recorder(keras.callbacks.Callback):
     Args:
         seed: the cell's seed; every epoch's random numbers depend on it and the epoch alone.
         monitor: `val_accuracy` or `val_loss`, whose best epoch's weights are kept; None keeps the last epoch's.
-        report: called with each epoch's row.
     """
 
-    def __init__(self, seed: int, monitor: str | None, report: EpochReport):
+    def __init__(self, seed: int, monitor: str | None):
         super().__init__()
-        self.seed, self.monitor, self.report = seed, monitor, report
+        self.seed, self.monitor = seed, monitor
         self.history: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.best_epoch: int | None = None
@@ -239,7 +263,10 @@ class Recorder(keras.callbacks.Callback):
         elif self._improved(row[self.monitor]):
             self.best, self.best_epoch = row[self.monitor], epoch + 1
             self.kept_weights = self.model.get_weights()
-        self.report(row | {"epoch_seconds": self.seconds[-1]})
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of `history.csv`, each with its `epoch_seconds`."""
+        return [row | {"epoch_seconds": spent} for row, spent in zip(self.history, self.seconds, strict=True)]
 
     def kept(self) -> list[np.ndarray]:
         """The weights to keep: the best epoch's; the last ones of a diverged network, broken as they are."""
@@ -256,12 +283,13 @@ class Progress(keras.callbacks.Callback):
 
     async_safe = True  # Keras needn't wait for a batch's loss: the bar doesn't show it
 
-    def __init__(self, name: str, steps: int):
+    def __init__(self, name: str, steps: int, done: int = 0):
         super().__init__()
-        self.name, self.steps = name, steps
+        self.name, self.steps, self.done = name, steps, done
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self.bar = tqdm(total=self.params["epochs"] * self.steps, desc=self.name, unit="step", mininterval=SHOW_SECONDS)
+        total, done = self.params["epochs"] * self.steps, self.done * self.steps
+        self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=SHOW_SECONDS)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.bar.update()
