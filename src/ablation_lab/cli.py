@@ -194,6 +194,20 @@ def search(
 
 
 @app.command()
+def verify(
+    cells: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CELL", help="Such as no_dropout-0; the baseline with the first seed by default."),
+    ] = None,
+    all_cells: Annotated[bool, typer.Option("--all", help="Every cell of the study.")] = False,
+) -> None:
+    """Retrain a cell in a clean place and compare it byte for byte."""
+    from ablation_lab import verify as verifying
+
+    sys.exit(verifying.verify(cells or [], _project(), all_cells))
+
+
+@app.command()
 def quick() -> None:
     """Run the whole current study on a sliver of data for one epoch, in the folder quick/: does everything work?"""
     from ablation_lab import quick as quick_check
