@@ -71,10 +71,9 @@ def squeezenet_weights(path: Path, seed: int) -> None:
             group["bias"] = np.zeros(shape[-1], np.float32)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """The study, run once from nothing."""
-    folder = new_project(tmp_path_factory.mktemp("phases") / "project")
+def photographs(folder: Path, study: dict) -> Path:
+    """A project with a user's pictures and weights, and a study of them."""
+    new_project(folder)
     random = np.random.default_rng(0)
     for label, count, level in (("dark", 20, 60), ("light", 30, 190)):
         (folder / "pictures" / label).mkdir(parents=True)
@@ -82,7 +81,14 @@ def project(tmp_path_factory) -> Path:
             pixels = np.clip(random.normal(level, 40, (40, 50, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"pictures/{label}/{number}.png")
     squeezenet_weights(folder / "weights/mine.h5", 0)
-    write_params(folder, STUDY)
+    write_params(folder, study)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The study, run once from nothing."""
+    folder = photographs(tmp_path_factory.mktemp("phases") / "project", STUDY)
     assert trained(passed(run(folder, "dvc", "repro"))) == ["small-0", "none-0", "flipped-0"]
     return folder
 

@@ -1,0 +1,152 @@
+"""A study that is killed again and again ends as if nothing had happened. `make test-slow` runs this."""
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import agree, passed, run
+from test_two_phases import STUDY, photographs
+
+pytestmark = pytest.mark.slow
+
+# The stage in which a run is killed, 20 times: each one at least once, trainings more often.
+STAGES = ("download", "preprocess", "plan", *["train"] * 8, "select", *["finetune"] * 4, "evaluate", "report", "track")
+KILLS = (*STAGES, "train")
+FOLDERS = ("data", "plan", "cells", "validation", "selection", "evaluation", "reports")
+
+
+def long_study() -> dict:
+    """The study of two phases with trainings of some seconds, dropout and augmentation on, whose heads stop early."""
+    study = copy.deepcopy(STUDY)
+    study["model"] |= {"head_dropout": 0.3}
+    study["train"] |= {"epochs": 60, "early_stopping": {"patience": 50}, "reduce_lr": {"patience": 3}}
+    study["variants"]["flipped"] = {"input": {"augment": {"RandomFlip": {}}}, "train": {"epochs": 12}}
+    study["finetune"]["variants"]["deeper"]["train"] |= {"epochs": 20}
+    return study
+
+
+def content(project: Path) -> dict[str, bytes]:
+    """All outputs but what a clock has measured and where the trainings were made."""
+    found = {}
+    for path in sorted(path for folder in FOLDERS for path in (project / folder).rglob("*") if path.is_file()):
+        name = path.relative_to(project).as_posix()
+        if "timing" in path.name or path.name == "provenance.json" or name.startswith("data/source"):
+            continue
+        text = path.read_bytes()
+        if path.name in ("report.html", "report.md") or path.parent.name == "tables":
+            text = re.sub(rb"\d+(\.\d+)?( |&nbsp;|\xc2\xa0)*(s|min|h|ms)\b|[\d.,]+", b"#", text)  # seconds
+        found[name] = text
+    return found
+
+
+def environment(project: Path) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    return clean | {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(project / "src"), "PYTHONUNBUFFERED": "1"}
+
+
+def states(project: Path) -> dict[str, int]:
+    """The epochs that are kept of each cell that is not done."""
+    found = {}
+    for path in project.glob("resume/*/*.npz"):
+        with np.load(path, allow_pickle=False) as state:
+            found[path.parent.name] = json.loads(str(state["state"]))["epochs"]
+    return found
+
+
+def killed(project: Path, stage: str, seconds: float, whole_group: bool) -> list[str]:
+    """Run `dvc repro` and kill it so many seconds after a stage has begun, with all that it has started or DVC alone.
+
+    Returns:
+        The lines that it has printed.
+    """
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def read():
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(f"Running stage '{stage}"):
+                begun.set()
+        begun.set()  # it has ended without
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(300)
+    time.sleep(seconds)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.wait()
+    if whole_group:
+        reader.join()
+    return lines
+
+
+def test_twenty_kills_at_random_moments(tmp_path: Path):
+    undisturbed = photographs(tmp_path / "undisturbed" / "project", long_study())
+    passed(run(undisturbed, "dvc", "repro"))
+    project = photographs(tmp_path / "killed" / "project", long_study())
+    draw = random.Random(0)
+    before: dict[str, int] = {}
+    output: list[str] = []
+    for number, stage in enumerate(KILLS):
+        longest = {"train": 14, "finetune": 14, "plan": 8, "report": 8, "track": 8}.get(stage, 2)
+        alone = stage in ("train", "finetune") and number % 3 == 0
+        output = killed(project, stage, draw.uniform(0, longest), whole_group=not alone)
+        after = states(project)
+        # What was kept is used: a training that had k epochs has at least as many now, or is done.
+        assert all(after.get(cell, 10**6) >= epochs for cell, epochs in before.items())
+        resumed = [int(epochs) for line in output for epochs in re.findall(r"goes on after epoch (\d+)", line)]
+        assert set(resumed) <= set(before.values()) | {epochs for epochs in after.values()} or alone
+        before = after
+    passed(run(project, "dvc", "repro"))
+    first, second = content(undisturbed), content(project)
+    assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []
+    assert len(first) > 60
+    agree(project, "photographs")
+    assert not states(project)
+    assert "Data and pipelines are up to date." in passed(run(project, "dvc", "repro"))
+
+
+def test_a_long_cell_never_fits_an_epoch_twice(tmp_path: Path):
+    project = photographs(tmp_path / "project", long_study())
+    passed(run(project, "dvc", "repro", "plan"))
+    fitted: list[int] = []
+    spy = "import sys; from ablation_lab import training, backend; from stages import train\n"
+    spy += "begin = training.Recorder.on_epoch_begin\n"
+    spy += "def told(self, epoch, logs=None):\n    print('epoch', epoch + 1, flush=True); begin(self, epoch, logs)\n"
+    spy += "training.Recorder.on_epoch_begin = told\ntrain.main('flipped', 0)\n"
+    stops = [3, 4, 9, 99]
+    for stop in stops:
+        process = subprocess.Popen(
+            [sys.executable, "-c", spy], cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True
+        )
+        for line in process.stdout:
+            if not line.startswith("epoch"):
+                continue
+            epoch = int(line.split()[1])
+            if epoch == stop:  # the epochs before it are finished, this one is not
+                process.kill()
+                break
+            fitted.append(epoch)
+        process.communicate()
+    assert fitted == list(range(1, 13))
+    assert (project / "cells/flipped/seed-0/cell.json").exists()
