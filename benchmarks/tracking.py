@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import one_thread  # noqa: E402, F401
 from conftest import TINY, new_project, write_params  # noqa: E402
 
-from ablation_lab import training  # noqa: E402
+from ablation_lab import runner  # noqa: E402
 from ablation_lab.tracking import live  # noqa: E402
 from stages import download, plan, preprocess  # noqa: E402
 
@@ -62,7 +62,7 @@ def cell(epochs: int, seed: int) -> dict[str, float]:
     plan.main()
     waited, before = 0.0, resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    training.run_cell("baseline", seed)
+    runner.run_cell("baseline", seed)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"epochs": epochs, "seconds": seconds, "waited": waited, "busy": busy}

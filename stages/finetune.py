@@ -2,11 +2,11 @@
 
 import sys
 
-from ablation_lab import errors, training
+from ablation_lab import errors, runner
 
 
 def main(variant: str, seed: int) -> None:
-    training.run_cell(variant, seed)
+    runner.run_cell(variant, seed)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import sys
 
-from ablation_lab import cell, errors, training
+from ablation_lab import cell, errors, runner
 
 
 def main(variant: str, seed: int) -> None:
-    result = training.run_cell(variant, seed)
+    result = runner.run_cell(variant, seed)
     cell.write_validation(variant, seed, result)
 
 

@@ -1,18 +1,15 @@
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import one_thread  # noqa: F401
 import pytest
-from conftest import ROOT
 from test_training import STEADY, VARIED, plan_of
 from test_training import data as data
 
-from ablation_lab import cell, resume, training
+from ablation_lab import cell, checkpoint, resume, training
 
 EPOCHS = 4
 # Of all that a training may depend on, the most in few trainings; the others are slow tests.
@@ -81,7 +78,7 @@ def train(settings: dict, data: Path, out: Path, state: Path | None, end_after: 
 @pytest.fixture(autouse=True)
 def always_kept(monkeypatch):
     """However slow the disk is just now."""
-    monkeypatch.setattr(resume, "SHORT", float("inf"))
+    monkeypatch.setattr(checkpoint, "SHORT", float("inf"))
 
 
 def the_same(folder: Path, whole: Path) -> bool:
@@ -162,8 +159,8 @@ def test_a_place_that_takes_no_state_stops_no_training(data, tmp_path, capsys):
 
 
 def test_large_states_are_kept_seldom(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "SHORT", 0)
-    monkeypatch.setattr(resume, "SHARE", 1e9)
+    monkeypatch.setattr(checkpoint, "SHORT", 0)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     assert train({}, data, tmp_path / "out", tmp_path / "state", end_after=3) == [1, 2, 3]
     assert train({}, data, tmp_path / "out", tmp_path / "state") == [2, 3, 4]
 
@@ -173,81 +170,57 @@ def test_all_that_callbacks_remember_is_kept(data, tmp_path):
     callbacks: list = []
     before: list[dict] = []
 
-    class Spy(resume.Keeper):
+    class Spy(checkpoint.Keeper):
         def on_train_begin(self, logs=None):
             super().on_train_begin(logs)
             callbacks.extend(self.callbacks)
             before.extend(dict(vars(one)) for one in self.callbacks)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "Keeper", Spy)
+        patch.setattr(checkpoint, "Keeper", Spy)
         train(RESUMED["stops"], data, tmp_path / "out", tmp_path / "state")
-    assert {type(one).__name__ for one in callbacks} == resume.MEMORY.keys()
+    assert {type(one).__name__ for one in callbacks} == checkpoint.MEMORY.keys()
     # Of each epoch anew, or made from the settings.
     passing = {"_learning_rate", "_started", "kept_weights", "monitor_op", "min_delta", "_params", "_model"}
     for one, earlier in zip(callbacks, before, strict=True):
         changed = {key for key, value in vars(one).items() if key not in earlier or earlier[key] is not value}
-        assert changed - passing <= set(resume.MEMORY[type(one).__name__]), type(one).__name__
+        assert changed - passing <= set(checkpoint.MEMORY[type(one).__name__]), type(one).__name__
 
 
 def test_a_second_process_waits_for_the_first(tmp_path, capsys):
     def second():
-        with resume.alone("baseline", 0, tmp_path) as waited:
-            found.append(waited)
+        with resume.alone("baseline", 0, tmp_path):
+            entered.append("second")
 
-    found: list[bool] = []
+    entered: list[str] = []
     other = threading.Thread(target=second)  # with a lock of its own, as a process has
-    with resume.alone("baseline", 0, tmp_path) as waited:
-        found.append(waited)
+    with resume.alone("baseline", 0, tmp_path):
         other.start()
-        with resume.alone("baseline", 1, tmp_path) as waited:  # another cell needn't wait
-            assert not waited
+        with resume.alone("baseline", 1, tmp_path):  # another cell needn't wait
+            pass
         other.join(0.5)
-        assert found == [False]
+        assert entered == []
     other.join(10)
-    assert found == [False, True]
+    assert entered == ["second"]
     assert f"baseline-0 is being trained here already, by process {os.getpid()}: waiting" in capsys.readouterr().out
 
 
-def test_one_of_two_equal_trainings_keeps_its_state_until_it_is_done(tmp_path, monkeypatch):
+def test_two_equal_trainings_have_places_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    with resume.place("abc") as first:
-        assert first is not None
-        first.mkdir()
-        with resume.place("abc") as second:
-            assert second is None
-        assert first.exists()
-    assert not first.exists()
-    with pytest.raises(Killed), resume.place("abc") as first:
-        first.mkdir()
-        raise Killed
-    assert first.exists()
+    with resume.place("abc") as first, resume.place("abc") as second:
+        assert first != second
+    with resume.place("abc") as again:
+        assert again == first
 
 
-def test_the_state_of_a_training_that_nobody_waits_for_stays(tmp_path):
-    """DVC is killed, what it has started is not: its result will be asked for again."""
-    script = """
-import os, time
-from pathlib import Path
-from ablation_lab import resume
-if os.fork():
-    while not Path("resume/abc").exists():
-        time.sleep(0.05)
-    os._exit(0)
-with resume.place("abc") as state:
-    parent = os.getppid()
-    state.mkdir()
-    while os.getppid() == parent:
-        time.sleep(0.05)
-Path("done").touch()
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "DVC_ROOT": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "done").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (tmp_path / "resume/abc").exists()
+def test_a_finished_cell_is_moved_as_a_whole(tmp_path):
+    place, out = tmp_path / "place", tmp_path / "cells/baseline/seed-0"
+    for folder, name in ((place / "cell", "new"), (place / "state", "kept"), (out, "old")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    resume.take(place, out)
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert not place.exists()
 
 
 def test_forgotten_states_go(tmp_path, monkeypatch):

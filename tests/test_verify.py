@@ -30,7 +30,7 @@ BUILDERS = {
 def test_a_cell_that_is_what_its_settings_say(trained_project: Path):
     done = run(trained_project, "ablab", "verify")
     assert (done.returncode, done.stdout) == (0, "baseline-0: the same bytes\n")
-    assert not list(trained_project.glob("resume/*.npz"))
+    assert not list((trained_project / "resume").glob("*/"))
 
 
 def test_what_differs_is_told_and_from_where_on(trained_project: Path, tmp_path: Path):

@@ -76,6 +76,14 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def flush(folder: Path) -> None:
+    """See to it that a folder's files are on the disk, so that a power loss can't leave half of what has its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A folder to fill that gets its name only when the block ends well; until then, what has that name stays."""

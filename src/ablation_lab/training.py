@@ -1,9 +1,7 @@
 """Train one cell: fit, keep the best weights, predict, write the cell's files."""
 
-import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -15,68 +13,17 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, files, frozen, models, optimization, pipeline, resume
+from ablation_lab import backend, cell, checkpoint, files, frozen, models, optimization, pipeline
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
-from ablation_lab.tracking import live
 
 PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
 SHOWN = 8  # test pictures whose probabilities are also written for the untrained network
 
 # Seconds between two pictures of the progress bar; a log file needn't grow by the second.
 SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 10
-DATA = Path("data/processed")
 
 EpochReport = Callable[[dict[str, float]], None]
-
-
-def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
-    """Train the cell of a planned variant, track it in MLflow and write its folder, all of it or nothing.
-
-    A cell that another variant has finished already, under the same plan, data, code and seed, is shared. A cell of the
-    second phase starts from the weights of the selected variant's cell with the same seed.
-
-    Returns:
-        What `cell.json` holds.
-    """
-    with resume.alone(variant, seed, root) as waited:
-        out = cell.folder(variant, seed, root)
-        identity, hashes = _identity(variant, seed, root)
-        if waited and cell.is_finished(out, identity.cell_hash):
-            print(f"{identity.name}: trained by that process, result kept")
-            return files.read_json(out / cell.RESULT)
-        with live.cell_run(identity) as run:
-            twin = cell.finished_twin(root / "cells", out, identity.cell_hash)
-            if twin:
-                print(f"{identity.name}: the same training as {twin.parent.name}-{seed}, result shared")
-                take_over(twin, out)
-                for row in cell.history(out):
-                    run.epoch(row)
-            else:
-                _train_into(out, identity, hashes, run, root)
-            result = files.read_json(out / cell.RESULT)
-            run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
-    return result
-
-
-def _identity(variant: str, seed: int, root: Path) -> tuple[live.Identity, dict[str, str]]:
-    """What a cell's run in MLflow is told, and the hashes that `cell.json` holds."""
-    plan_file = cell.plan_file(variant, root)
-    plan = files.read_json(plan_file)
-    card = files.read_json(root / DATA / "card.json")
-    hashes = cell.hashes(hashlib.sha256(plan_file.read_bytes()).hexdigest(), seed, card["digest"], root)
-    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance())
-    return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
-
-
-def _train_into(out: Path, identity: live.Identity, hashes: dict[str, str], run: live.CellRun, root: Path) -> None:
-    start = cell.start(identity.seed, root) if "start" in identity.plan else None
-    with resume.place(identity.cell_hash) as state, files.whole(out) as folder:
-        told = (identity.name, run.epoch, start, state)
-        result = train(identity.plan, identity.seed, root / DATA, folder, *told)
-        files.write_json(folder / cell.RESULT, result | hashes)
-        timing = files.read_json(folder / cell.TIMING)
-        files.write_json(folder / cell.TIMING, timing | {"made": identity.made})
 
 
 def train(
@@ -141,7 +88,7 @@ def train(
     untrained = trainer.get_weights()
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
-    keeper = resume.Keeper(state, remembering)
+    keeper = checkpoint.Keeper(state, remembering)
     last = settings["epochs"]
     done = min(keeper.load(trainer), last)
     for row in recorder.rows():
@@ -216,12 +163,6 @@ def first_of_each_class(labels: np.ndarray) -> np.ndarray:
     """Positions of a few pictures, the same in every cell of a study: the first of each of the first classes."""
     positions = np.unique(labels, return_index=True)[1]
     return np.sort(positions[:SHOWN]).astype(np.int64)
-
-
-def take_over(twin: Path, out: Path) -> None:
-    """Share the result of a cell that is the same training under another name."""
-    with files.whole(out) as folder:
-        shutil.copytree(twin, folder, dirs_exist_ok=True)
 
 
 class Recorder(keras.callbacks.Callback):

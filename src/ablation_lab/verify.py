@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from ablation_lab import cell, files, params
+from ablation_lab import cell, files, params, runner
 from ablation_lab.dvc_command import environment
 from ablation_lab.errors import LabError
 from ablation_lab.tracking import live
@@ -72,9 +72,9 @@ def train_again(variant: str, seed: int, place: str) -> None:
         out.mkdir()
         features = Path(place) / "features"
         result = training.train(
-            plan, seed, training.DATA, out, f"{variant}-{seed}", lambda row: None, start, features=features
+            plan, seed, runner.DATA, out, f"{variant}-{seed}", lambda row: None, start, features=features
         )
-        files.write_json(out / cell.RESULT, result | _hashes(variant, seed, Path()))
+        files.write_json(out / cell.RESULT, result | runner.identify(variant, seed)[1])
 
 
 def differences(kept: Path, again: Path) -> list[str]:
@@ -154,14 +154,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 30 else f"{text[:30]}…"
 
 
-def _hashes(variant: str, seed: int, root: Path) -> dict[str, str]:
-    plan_hash = files.sha256(cell.plan_file(variant, root))
-    return cell.hashes(plan_hash, seed, files.read_json(root / "data/processed/card.json")["digest"], root)
-
-
 def _up_to_date(name: str, variant: str, seed: int, root: Path) -> None:
     there = files.read_json(cell.folder(variant, seed, root) / cell.RESULT)
-    if there["cell_hash"] != _hashes(variant, seed, root)["cell_hash"]:
+    if there["cell_hash"] != runner.identify(variant, seed, root)[0].cell_hash:
         raise LabError(
             f"{name}: Expected a cell made from today's plan, data and code. Found: an older one. Run `dvc repro`."
         )

@@ -1,0 +1,135 @@
+"""A training that was killed goes on: all that its next epoch depends on is kept after each epoch.
+
+Kept are the weights, the best ones so far, the optimizer's memory, and what early stopping and the learning-rate
+schedule have counted. An epoch's order of pictures, dropout and augmentation depend on the seed and its number alone,
+so nothing else is needed for the same bytes as without the break. A file is called by its own sha256 and gets its name
+when it is whole: a broken one is told by its name, and not used.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablation_lab import files
+from ablation_lab.backend import keras
+
+# A state is not kept after each epoch where that takes both longer than SHORT seconds and more than a twentieth of the
+# time: a training of seconds with weights of gigabytes would do nothing else.
+SHARE, SHORT = 20, 0.05
+
+# What callbacks remember from epoch to epoch, by the name of their class.
+MEMORY = {
+    "Recorder": ("history", "seconds", "best_epoch", "best", "diverged"),
+    "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch"),
+    "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
+}
+
+
+class Keeper(keras.callbacks.Callback):
+    """Keeps the state after each epoch; comes after the callbacks whose state it keeps.
+
+    Args:
+        folder: where; None keeps nothing.
+        callbacks: those that remember something, the first of them the cell's `Recorder`.
+    """
+
+    def __init__(self, folder: Path | None, callbacks: Sequence[keras.callbacks.Callback]):
+        super().__init__()
+        self.folder, self.callbacks = folder, callbacks
+        self._memory: list[dict[str, Any]] | None = None
+        self._cost, self._kept = 0.0, -np.inf
+
+    def load(self, network: keras.Model) -> int:
+        """Give a compiled network the state that was kept.
+
+        Returns:
+            The epoch to go on with, counted from 0; beyond the last one when the training had stopped by itself.
+        """
+        found = self._read(network) if self.folder else None
+        if found is None:
+            return 0
+        state, weights, optimizer, best = found
+        network.set_weights(weights)
+        for variable, value in zip(network.optimizer.variables, optimizer, strict=True):
+            variable.assign(value)
+        recorder = self.callbacks[0]
+        recorder.kept_weights = weights if state["best_is_last"] else best or None
+        self._memory = state["callbacks"]
+        self._recall()
+        return sys.maxsize if state["stopped"] else state["epochs"]
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._recall()  # the others have just forgotten all
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        started = time.perf_counter()
+        if self.folder is None or (self._cost > SHORT and started - self._kept < SHARE * self._cost):
+            return
+        try:
+            self._write(epoch + 1)
+        except OSError as error:
+            lost = f"{self.folder}: can't be written ({error.strerror or error})"
+            print(f"warning: {lost}; the training goes on, and starts anew should it be killed", file=sys.stderr)
+            self.folder = None
+        self._kept = time.perf_counter()
+        self._cost = self._kept - started
+
+    def _recall(self) -> None:
+        for callback, memory in zip(self.callbacks, self._memory or (), strict=False):
+            vars(callback).update(memory)
+
+    def _write(self, epochs: int) -> None:
+        assert self.folder is not None
+        recorder = self.callbacks[0]
+        state = {
+            "epochs": epochs,
+            "stopped": self.model.stop_training,
+            "best_is_last": recorder.kept_weights is not None and recorder.best_epoch == epochs,
+            "callbacks": [{key: getattr(one, key) for key in MEMORY[type(one).__name__]} for one in self.callbacks],
+        }
+        arrays = {
+            "weight": self.model.get_weights(),
+            "optimizer": [variable.numpy() for variable in self.model.optimizer.variables],
+            "best": [] if state["best_is_last"] else recorder.kept_weights or [],
+        }
+        named = {f"{kind}{number}": one for kind, them in arrays.items() for number, one in enumerate(them)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / "part"
+        with part.open("wb") as file:
+            np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
+            file.flush()
+            os.fsync(file.fileno())  # a file that has its name is on the disk
+        whole = self.folder / f"{files.sha256(part)}.npz"
+        part.replace(whole)
+        for older in self.folder.glob("*.npz"):
+            if older != whole:
+                older.unlink()
+
+    def _read(self, network: keras.Model) -> tuple[dict[str, Any], list, list, list] | None:
+        """The state with the most epochs of those that are whole and fit the network."""
+        assert self.folder is not None
+        network.optimizer.build(network.trainable_variables)
+        shapes = [
+            [one.shape for one in network.get_weights()],
+            [tuple(one.shape) for one in network.optimizer.variables],
+        ]
+        found = []
+        for path in sorted(self.folder.glob("*.npz")):
+            if files.sha256(path) != path.stem:
+                print(f"warning: {path}: broken, and not used", file=sys.stderr)
+                continue
+            with np.load(path, allow_pickle=False) as content:
+                state = json.loads(str(content["state"]))
+                kinds = [
+                    [content[f"{kind}{number}"] for number in range(sum(name.startswith(kind) for name in content))]
+                    for kind in ("weight", "optimizer", "best")
+                ]
+            if [[one.shape for one in kind] for kind in kinds[:2]] == shapes:
+                found.append((state, *kinds))
+        return max(found, key=lambda one: one[0]["epochs"], default=None)

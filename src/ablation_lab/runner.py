@@ -1,0 +1,89 @@
+"""One cell from its plan to its folder: trained, or taken from where it is already, and tracked in MLflow.
+
+TensorFlow is imported when there is something to train.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ablation_lab import cell, files, resume
+from ablation_lab.tracking import live
+
+DATA = Path("data/processed")
+
+
+def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
+    """Make a cell's folder, all of it or nothing.
+
+    Its training was finished before (`prepare`), goes on where it was killed, or is done now. When whoever started this
+    process is gone meanwhile, the finished cell stays in its place: it will be asked for again.
+
+    Returns:
+        What `cell.json` holds.
+    """
+    parent = os.getppid()
+    with resume.alone(variant, seed, root):
+        identity, hashes = identify(variant, seed, root)
+        with resume.place(identity.cell_hash) as place:
+            make(identity, hashes, place, root)
+            result = files.read_json(place / resume.READY / cell.RESULT)
+            if os.getppid() == parent:
+                resume.take(place, cell.folder(variant, seed, root))
+    return result
+
+
+def prepare(variant: str, seed: int, root: Path = Path()) -> None:
+    """Train a cell and leave it in its place, from where its stage takes it."""
+    identity, hashes = identify(variant, seed, root)
+    with resume.place(identity.cell_hash, wait=True) as place:
+        make(identity, hashes, place, root)
+
+
+def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identity, dict[str, str]]:
+    """What a cell's run in MLflow is told, and the hashes that `cell.json` holds."""
+    plan_file = cell.plan_file(variant, root)
+    plan = files.read_json(plan_file)
+    card = files.read_json(root / DATA / "card.json")
+    hashes = cell.hashes(hashlib.sha256(plan_file.read_bytes()).hexdigest(), seed, card["digest"], root)
+    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance())
+    return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
+
+
+def make(identity: live.Identity, hashes: dict[str, str], place: Path, root: Path) -> None:
+    """Train a cell in its place, unless it is there. A cell that another variant has finished already, under the same
+    plan, data, code and seed, is shared. A cell of the second phase starts from the weights of the selected variant's
+    cell with the same seed."""
+    ready = place / resume.READY
+    if cell.is_finished(ready, identity.cell_hash):
+        print(f"{identity.name}: trained already")
+        return
+    with live.cell_run(identity) as run:
+        out = cell.folder(identity.variant, identity.seed, root)
+        twin = cell.finished_twin(root / "cells", out, identity.cell_hash)
+        with files.whole(ready) as folder:
+            if twin:
+                print(f"{identity.name}: the same training as {twin.parent.name}-{identity.seed}, result shared")
+                shutil.copytree(twin, folder, dirs_exist_ok=True)
+                for row in cell.history(folder):
+                    run.epoch(row)
+            else:
+                _train(identity, hashes, place, folder, run, root)
+            files.flush(folder)
+        result = files.read_json(ready / cell.RESULT)
+        run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
+
+
+def _train(
+    identity: live.Identity, hashes: dict[str, str], place: Path, folder: Path, run: live.CellRun, root: Path
+) -> None:
+    from ablation_lab import training
+
+    start = cell.start(identity.seed, root) if "start" in identity.plan else None
+    told = (identity.name, run.epoch, start, place / "state")
+    result = training.train(identity.plan, identity.seed, root / DATA, folder, *told)
+    files.write_json(folder / cell.RESULT, result | hashes)
+    timing = files.read_json(folder / cell.TIMING)
+    files.write_json(folder / cell.TIMING, timing | {"made": identity.made})
