@@ -19,9 +19,10 @@ import numpy as np
 from ablation_lab import files
 from ablation_lab.backend import keras
 
-# A state is not kept after each epoch where that takes both longer than SHORT seconds and more than a twentieth of the
-# time: a training of seconds with weights of gigabytes would do nothing else.
+# Waiting for the disk, so that a power loss takes nothing, and keeping a state at all are left out where they would
+# take more than a twentieth of the training's time; keeping what takes less than SHORT seconds never is.
 SHARE, SHORT = 20, 0.05
+STATES = 2  # that are kept: should a power loss break the last one, there is the one before
 
 # What callbacks remember from epoch to epoch, by the name of their class.
 MEMORY = {
@@ -43,7 +44,8 @@ class Keeper(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.callbacks = folder, callbacks
         self._memory: list[dict[str, Any]] | None = None
-        self._cost, self._kept = 0.0, -np.inf
+        self._cost = {True: 0.0, False: 0.0}  # seconds, with waiting for the disk and without
+        self._kept = -np.inf
 
     def load(self, network: keras.Model) -> int:
         """Give a compiled network the state that was kept.
@@ -69,22 +71,24 @@ class Keeper(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         started = time.perf_counter()
-        if self.folder is None or (self._cost > SHORT and started - self._kept < SHARE * self._cost):
+        affordable = {durable: started - self._kept >= SHARE * cost for durable, cost in self._cost.items()}
+        if self.folder is None or not (affordable[False] or self._cost[False] < SHORT):
             return
+        durable = affordable[True]
         try:
-            self._write(epoch + 1)
+            self._write(epoch + 1, durable)
         except OSError as error:
             lost = f"{self.folder}: can't be written ({error.strerror or error})"
             print(f"warning: {lost}; the training goes on, and starts anew should it be killed", file=sys.stderr)
             self.folder = None
         self._kept = time.perf_counter()
-        self._cost = self._kept - started
+        self._cost[durable] = self._kept - started
 
     def _recall(self) -> None:
         for callback, memory in zip(self.callbacks, self._memory or (), strict=False):
             vars(callback).update(memory)
 
-    def _write(self, epochs: int) -> None:
+    def _write(self, epochs: int, durable: bool) -> None:
         assert self.folder is not None
         recorder = self.callbacks[0]
         state = {
@@ -104,12 +108,11 @@ class Keeper(keras.callbacks.Callback):
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, state=np.array(json.dumps(state)), **named)
             file.flush()
-            os.fsync(file.fileno())  # a file that has its name is on the disk
-        whole = self.folder / f"{files.sha256(part)}.npz"
-        part.replace(whole)
-        for older in self.folder.glob("*.npz"):
-            if older != whole:
-                older.unlink()
+            if durable:
+                os.fsync(file.fileno())
+        part.replace(self.folder / f"{files.sha256(part)}.npz")
+        for older in sorted(self.folder.glob("*.npz"), key=lambda one: one.stat().st_mtime_ns)[:-STATES]:
+            older.unlink()
 
     def _read(self, network: keras.Model) -> tuple[dict[str, Any], list, list, list] | None:
         """The state with the most epochs of those that are whole and fit the network."""
