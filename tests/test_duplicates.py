@@ -6,6 +6,7 @@ import fabricate
 import numpy as np
 import pytest
 from PIL import Image
+from test_dvc_yaml import STAGES
 from test_preprocess import contents, image_folder, no_project_around  # noqa: F401
 
 from ablation_lab import duplicates, evaluation, params, preprocess
@@ -131,6 +132,12 @@ def test_what_networks_are_trained_on_is_not_touched(tmp_path, monkeypatch):
     some, none = contents(tmp_path / "with"), contents(tmp_path / "without")
     assert some.pop("duplicates.json") != none.pop("duplicates.json")
     assert some == none
+    seen = {
+        name
+        for name, stage in STAGES.items()
+        if {"data/processed", "data/processed/duplicates.json"} & {*stage["deps"]}
+    }
+    assert seen == {"report"}
 
 
 def told(root, study, equal):
