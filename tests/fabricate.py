@@ -9,6 +9,33 @@ from ruamel.yaml import YAML
 
 from ablation_lab import params
 
+# What folders of pictures, and so classes, may be called; and what an archive can claim that they are called.
+FOLDERS = [
+    "<img src=x onerror=alert(1)>",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "${PATH}",
+    "a\"b'c&d",
+    "|",
+]
+FOLDERS += [
+    "--help",
+    "-rf",
+    "=1+1",
+    "@SUM(A1)",
+    "two\nlines",
+    "猫 é",
+    "%s %d",
+    "{{ 7*7 }}",
+    "{% raw %}",
+    "\\input{x}",
+    "*",
+    "~",
+]
+FOLDERS += ["\x1b[31mred", "\tx", "$x_{$", "nan", "null", "#no comment", "'", "C:x"]
+NASTY = ["<script>alert(1)</script>", "../x", "/etc/passwd", *FOLDERS]
+
 SKILL = 4.0  # logit of the right class above the noise: about 90 % accuracy with ten classes
 
 

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -187,6 +188,10 @@ def error_page(content):
     return 200, {"Content-Type": "text/html"}, b"<!DOCTYPE html><title>Sorry</title>"
 
 
+def redirected(content):
+    return 302, {"Location": "/sorry", "Content-Length": "0"}, b""
+
+
 def not_found(content):
     return 404, {}, b"no"
 
@@ -202,13 +207,15 @@ def unavailable(content):
         (cut_without_length, "refused. Expected sha256 ", 3),
         (altered, "refused. Expected sha256 ", 3),
         (error_page, "(35 bytes, an HTML page). Put the official train-labels-idx1-ubyte.gz there", 3),
+        (redirected, "(35 bytes, an HTML page). Put the official train-labels-idx1-ubyte.gz there", 3),
         (not_found, "HTTP 404 Client Error: Not Found", 1),
         (unavailable, "HTTP 503 Server Error: Service Unavailable", 3),
     ],
 )
 def test_faulty_mirror_is_named_and_passed_over(fault, message, attempts, official, mirror, host, monkeypatch, capsys):
     good = host.answer
-    host.answer = lambda name: fault(official[name]) if name == TRAIN_LABELS else good(name)
+    bad = {TRAIN_LABELS: fault(official[TRAIN_LABELS]), "sorry": error_page(b"")}
+    host.answer = lambda name: bad[name] if name in bad else good(name)
     monkeypatch.setenv("ABLAB_DATA_MIRROR", host.url)
     text = refused(FASHION, mirror.parent / "raw")
     assert f"Found no good {TRAIN_LABELS}:" in text
@@ -379,6 +386,15 @@ def test_image_folder_with_another_layout_is_refused(names, message, kind, tmp_p
     assert message in text
 
 
+@pytest.mark.parametrize("kind", ["folder", "a.zip", "a.tar.gz"])
+def test_a_class_folder_without_anything_in_it_is_refused(kind, tmp_path):
+    top = write_folder(tmp_path / "pictures", ["cat/1.png", "dog/1.png"])
+    (top / "emu").mkdir()
+    path = top if kind == "folder" else pack(top, tmp_path / kind)
+    text = refused(folder_data(path), tmp_path / "raw")
+    assert text == f"{path}: Expected pictures in every class folder. Found: none in emu/."
+
+
 def test_image_folder_is_looked_up_under_root_then_mirror(tmp_path, monkeypatch):
     (tmp_path / "project" / "inside").mkdir(parents=True)
     (tmp_path / "project" / "dvc.yaml").touch()
@@ -405,10 +421,22 @@ def broken_archives(top):
     zipped = bytearray(pack(top / "p", top / "whole.zip").read_bytes())
     start = zipped.index(b"cat/a10.png") + len("cat/a10.png")
     zipped[start : start + 8] = b"\xff" * 8
-    return {"cut.tar.gz": whole[: len(whole) // 2], "text.zip": b"hello", "altered.zip": bytes(zipped)}
+    plain = b"".join(header(name, 512) + bytes(512) for name in ("cat/1.png", "dog/1.png", "dog/2.png"))
+    third = plain.index(b"dog/2.png")
+    altered = plain[:third] + b"cat" + plain[third + 3 :]  # its checksum tells
+    return {
+        "cut.tar.gz": whole[: len(whole) // 2],
+        "text.zip": b"hello",
+        "altered.zip": bytes(zipped),
+        "altered.tar": altered + bytes(1024),
+        "cut_between.tar": plain[:third],  # no half file, just fewer of them
+        "cut_inside.tar": plain[: third + 512 + 10],
+    }
 
 
-@pytest.mark.parametrize("name", ["cut.tar.gz", "text.zip", "altered.zip"])
+@pytest.mark.parametrize(
+    "name", ["cut.tar.gz", "text.zip", "altered.zip", "altered.tar", "cut_between.tar", "cut_inside.tar"]
+)
 def test_damaged_archive(name, tmp_path):
     (tmp_path / name).write_bytes(broken_archives(tmp_path)[name])
     text = refused(folder_data(tmp_path / name), tmp_path / "raw")
@@ -447,6 +475,115 @@ def test_links_in_archives(tmp_path):
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         packed.addfile(info)
     assert "Expected plain files. Found: a/1.png, a link" in refused(folder_data(tmp_path / "b.tar"), tmp_path / "out")
+
+
+def zeros(archive, names, size):
+    """An archive of a few kilobytes whose members are so many zeros."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in names:
+                packed.writestr(name, bytes(size))
+    else:
+        with tarfile.open(archive, "w:gz") as packed:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = size
+                packed.addfile(info, io.BytesIO(bytes(size)))
+    return archive
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar.gz"])
+@pytest.mark.parametrize("suffix", ["png", "bin"])  # what is no picture has to be unpacked too, to get past it
+def test_a_small_archive_that_unpacks_to_a_large_one_is_refused(kind, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_folder, "HARMLESS", 10_000_000)
+    names = [f"{label}/{number}.{suffix}" for label in ("cat", "dog") for number in range(2)]
+    path = zeros(tmp_path / kind, names, 4_000_000)
+    assert path.stat().st_size < 50_000
+    text = refused(folder_data(path), tmp_path / "raw")
+    assert text == (
+        f"{path}: Expected an archive that unpacks to at most 200 times its own size. Found: 12,000,000 bytes up to "
+        f"dog/0.{suffix}. If it is what it should be, unpack it and set data.path to the folder."
+    )
+    monkeypatch.setattr(image_folder, "HARMLESS", 16_000_000)
+    if suffix == "png":
+        datasets.download(folder_data(path), tmp_path / "raw")
+
+
+def test_a_zip_file_is_not_unpacked_beyond_what_it_announces(tmp_path):
+    content = bytearray(zeros(tmp_path / "a.zip", ["cat/1.png", "dog/1.png"], 30_000_000).read_bytes())
+    directory = content.index(b"PK\1\2")
+    content[directory + 24 : directory + 28] = (100).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(content)
+    tracemalloc.start()
+    try:
+        text = refused(folder_data(tmp_path / "a.zip"), tmp_path / "raw")
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert "Found: Bad CRC-32 for file 'cat/1.png' (at cat/1.png)." in text
+
+
+def test_a_zip_file_that_announces_more_than_there_is(tmp_path):
+    content = bytearray(pack(write_folder(tmp_path / "p", POOLED), tmp_path / "a.zip").read_bytes())
+    directory = content.rindex(b"PK\1\2", 0, content.rindex(b"cat/a10.png"))
+    content[directory + 24 : directory + 28] = (5000).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(content)
+    text = refused(folder_data(tmp_path / "a.zip"), tmp_path / "raw")
+    assert text.endswith("Expected 5,000 bytes of cat/a10.png, as announced. Found: another number.")
+
+
+def test_methods_that_unpack_without_a_bound_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as packed:
+        packed.writestr("cat/1.png", picture())
+    text = refused(folder_data(tmp_path / "a.zip"), tmp_path / "raw")
+    assert "Found: compression method 12, where only deflate is read (at the start)." in text
+
+
+def header(name, size, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header("cat/1.png", 1 << 40, tarfile.XHDTYPE), "a header that announces 1,099,511,627,776 bytes"),
+        (header("cat/1.png", 50_000_000, tarfile.GNUTYPE_LONGNAME), "a header that announces 50,000,000 bytes"),
+        (header("cat/1.png", -1024) + bytes(1024), "a header that announces -1,024 bytes"),
+        (header("cat/1.png", 900_000) + bytes(512), "unexpected end of data"),
+        (header("cat/1.png", 1 << 40), "1,099,511,628,288 bytes up to cat/1.png"),
+        (header("cat/1.png", 0, tarfile.LNKTYPE, "cat/1.png") + bytes(1024), "linkname 'cat/1.png' not found"),
+        (
+            header("cat/2.png", 0, tarfile.LNKTYPE, "cat/0.png")
+            + header("cat/3.png", 0, tarfile.LNKTYPE, "cat/2.png")
+            + bytes(1024),
+            "Expected 0 bytes of cat/3.png, as announced. Found: another number.",
+        ),
+    ],
+)
+def test_sizes_that_a_tar_file_announces_are_not_believed(content, message, tmp_path):
+    good = header("cat/0.png", 512) + bytes(512)
+    (tmp_path / "a.tar").write_bytes(good + content)
+    tracemalloc.start()
+    try:
+        assert message in refused(folder_data(tmp_path / "a.tar"), tmp_path / "raw")
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_is_not_waited_for(kind, tmp_path):
+    top = write_folder(tmp_path / "pictures", ["cat/1.png", "dog/1.png"])
+    (top / "cat/.#1.png").symlink_to("user@host.1234")  # an editor's lock
+    datasets.download(folder_data(top), tmp_path / "earlier")
+    if kind == "link":
+        (top / "cat/2.png").symlink_to("nowhere.png")
+    else:
+        os.mkfifo(top / "cat/2.png")
+    text = refused(folder_data(top), tmp_path / "raw")
+    assert text == f"{top}: Expected plain files. Found: cat/2.png, a link to nothing or a device."
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -497,7 +634,9 @@ def test_stages(tmp_path):
     assert "Traceback" not in failed.stderr
 
 
-def cifar_archive(path: Path, per_batch: int = 4, leave_out: str = "", cut: int = 0) -> np.ndarray:
+def cifar_archive(
+    path: Path, per_batch: int = 4, leave_out: str = "", cut: int = 0, folder: str = "cifar-10-batches-bin"
+) -> np.ndarray:
     """A small archive in the layout of CIFAR-10's binary release; returns its pictures."""
     random = np.random.default_rng(0)
     pictures = []
@@ -510,7 +649,7 @@ def cifar_archive(path: Path, per_batch: int = 4, leave_out: str = "", cut: int 
             if name != "README.html":
                 pictures.append(planes.transpose(0, 2, 3, 1))
             if name != leave_out:
-                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                info = tarfile.TarInfo(f"{folder}/{name}")
                 info.size = len(content) - cut
                 tar.addfile(info, io.BytesIO(content[: info.size]))
     return np.concatenate(pictures)
@@ -536,6 +675,7 @@ def test_cifar10_is_read_from_the_binary_release(tmp_path, monkeypatch):
     [
         ({"leave_out": "test_batch.bin"}, r"Expected cifar-10-batches-bin/test_batch\.bin of records of 3073 bytes"),
         ({"cut": 1}, r"Found: 12291 bytes"),
+        ({"folder": "cifar-10-batches-py"}, r"Expected cifar-10-batches-bin/data_batch_1\.bin .* Found: 0 bytes"),
         (None, "Expected the official archive. Found: "),
     ],
 )

@@ -172,3 +172,12 @@ def test_predictions_that_do_not_fit_are_refused(tmp_path):
     path.write_bytes(b"not a zip file")
     with pytest.raises(LabError, match=r"predictions\.npz: Expected the arrays"):
         evaluation.evaluate(study, tmp_path)
+
+
+def test_no_class_is_a_formula(tmp_path):
+    study = fabricate.study(("baseline",), seeds=(0,))
+    fabricate.write(tmp_path, study, classes=["=1+1", "-1+2", "two\nlines", "a, b"], pictures=40)
+    evaluation.evaluate(study, tmp_path)
+    with (tmp_path / "evaluation/confusion.csv").open(encoding="utf-8", newline="") as file:
+        found = {row["actual"] for row in csv.DictReader(file)}
+    assert found == {"'=1+1", "'-1+2", "two\nlines", "a, b"}

@@ -21,6 +21,7 @@ NASTY = [
     "-1+2",
     "\\input{/etc/passwd}",
     "[0, 1] *",
+    "\x1b[31mred",
 ]
 HASH = "0123456789abcdef" * 4
 
@@ -147,6 +148,16 @@ def test_no_name_is_a_formula(usual):
 )
 def test_a_field_of_csv(cell, kind, shown):
     assert parsed(Table("T", {"Head": "l", "x": kind}, [["row", cell]])) == [["Head", "x"], ["row", shown]]
+
+
+@pytest.mark.parametrize("name", fabricate.NASTY)
+def test_a_name_is_neither_a_formula_nor_a_command_of_tex(name):
+    table = Table("T", {"Class": "l", "Pictures": "r"}, [[name, "1,000"]])
+    ((shown, number),) = parsed(table)[1:]
+    assert not shown.startswith(("=", "+", "-", "@")) and number == "1000"
+    plain = " ".join(name.replace("\x1b", " ").split())
+    assert shown in (plain, f"'{plain}")
+    assert [len(row) for row in cells(exports.latex(table, "t"))] == [2, 2]
 
 
 def test_a_heading_is_no_formula_either():

@@ -166,9 +166,17 @@ def test_the_same_bytes_twice(usual):
 
 def test_names_are_never_trusted(tmp_path):
     study = fabricate.study(("baseline", "other"), seeds=(0, 1), quick=True)
-    make(tmp_path, study, classes=NASTY, pictures=60, lints=["<b>bold</b> | `x`"])
+    before = {path.name for path in tmp_path.parent.iterdir()}
+    nasty = ["../x", *(name for name in fabricate.NASTY if set(name) & set("<|{*`$\\\x1b"))]
+    make(tmp_path, study, classes=[*NASTY[1:], *nasty], pictures=60, lints=["<b>bold</b> | `x`"])
+    assert {path.name for path in tmp_path.parent.iterdir()} == before
+    assert not list(tmp_path.rglob("pwned"))
     _, html, markdown = reports(tmp_path)
     page = Page(html)
+    assert {wording.short_name(name) for name in nasty} <= set(page.words)
+    assert all(attributes["src"].startswith("data:") for tag, attributes in page.tags if tag == "img")
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
+    assert "<img" not in markdown and "{{ 7\\*7 }}" in markdown
     assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
     assert html.count(SCRIPT) == 1 and html.count("<script") == 1 and "<script" not in markdown
     assert "<b>bold" not in html

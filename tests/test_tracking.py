@@ -21,11 +21,11 @@ from ablation_lab.tracking import live, runs, store
 PLAN = {
     "input": {"rescale": "unit", "augment": {}},
     "model": {"builder": "cnn", "blocks": [{"name": "one", "filters": 3, "dropout": 0.5}], "head": []},
-    "train": {"epochs": 2, "optimizer": {"name": "adam"}},
+    "train": {"epochs": 2, "optimizer": {"name": "adam"}, "class_weights": {"cats & dogs": 2.0, "$(touch pwned)": 1.0}},
 }
 CARD = {
     "name": "digits",
-    "classes": ["0", "1"],
+    "classes": ["cats & dogs", "$(touch pwned)"],
     "counts": {"train": 2, "validation": 1, "test": 1},
     "image_shape": [8, 8, 1],
     "digest": "0123456789" * 6 + "0123",
@@ -55,10 +55,15 @@ def found(root) -> list:
 
 def test_settings_of_a_users_network_are_logged_whatever_they_are():
     settings = {"layers": [{"filters": 16}, {"filters": 32}], "blocks": [{"name": "a", "filters": 8}], "mixed": [{}, 1]}
+    settings |= {"weights": {"cat": 2, "T-shirt/top": 3}, "other": {"../x": 1}, "long": {"a" * 101: 1}}
     assert runs.flat(settings) == {
         "layers": [{"filters": 16}, {"filters": 32}],
         "blocks.a.filters": 8,
         "mixed": [{}, 1],
+        "weights.cat": 2,
+        "weights.T-shirt/top": 3,
+        "other": {"../x": 1},
+        "long": {"a" * 101: 1},
     }
 
 
@@ -84,6 +89,8 @@ def test_a_run_has_the_cells_settings_metrics_tags_and_data(root, monkeypatch):
         "model.head": "[]",
         "train.epochs": "2",
         "train.optimizer.name": "adam",
+        # A parameter of MLflow's can't be called like these classes.
+        "train.class_weights": "{'cats & dogs': 2.0, '$(touch pwned)': 1.0}",
     }
     assert logged.data.metrics == {"loss": 1.0, "val_accuracy": 0.5, "epoch_seconds": 0.25, "train_accuracy": 0.5}
     tags = logged.data.tags

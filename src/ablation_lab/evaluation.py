@@ -27,6 +27,7 @@ PARTS = ("validation", "test")
 BINARY = ("precision", "recall", "roc_auc")  # of the second of two classes
 BINS = 15  # of confidence, as in Guo et al., On Calibration of Modern Neural Networks (2017)
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
+FORMULA = tuple("=+-@\t\r＝＋－＠")  # what makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection")
 # What cell.json says about the fit itself, carried over as it is.
 FROM_CELL = ("status", "cell_hash", "plan_hash", "epochs", "best_epoch", "train_accuracy", "train_loss")
 ARRAYS = tuple(f"{part}_{what}" for part in PARTS for what in ("probabilities", "labels"))
@@ -143,6 +144,8 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         # Zipped with nothing, and so empty, where the test part is sealed or the training diverged.
         actual = labels if labels is not None else shown
+        # A class may be called =1+1, which a spreadsheet would work out.
+        names = [f"'{name}" if name.startswith(FORMULA) else name for name in names]
         pairs = [[names[a], names[p]] for a, p in zip(actual.tolist(), shown.tolist(), strict=False)]
         _write_csv(out / "confusion.csv", ["actual", "predicted"], pairs)
 

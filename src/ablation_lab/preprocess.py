@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ablation_lab import datasets, files, params
+from ablation_lab import datasets, duplicates, files, params
 from ablation_lab.datasets import image_folder
 from ablation_lab.errors import LabError
 
@@ -30,7 +30,8 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
     """Decode, convert, resize and split the pictures in `raw`; the same bytes every time.
 
     Writes into `out`: `images.npy` uint8 (n, height, width, channels), `labels.npy` int32 (n,), `train.npy`,
-    `validation.npy` and `test.npy` (sorted, disjoint int64 indices into them) and `card.json`.
+    `validation.npy` and `test.npy` (sorted, disjoint int64 indices into them), `card.json` and `duplicates.json` (equal
+    pictures in two parts or classes, which are told on standard error too).
 
     Raises:
         LabError: when a picture can't be read or the split is impossible; `out` is left as it was.
@@ -50,7 +51,7 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
 
     with files.whole(out) as folder:
         digest = hashlib.sha256(json.dumps(source.classes).encode())
-        shape = _write_images(data, source, kept, folder / "images.npy", digest)
+        shape, digests = _write_images(data, source, kept, folder / "images.npy", digest)
         for name, array in {"labels": labels, **indices}.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
             digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
@@ -67,8 +68,16 @@ def preprocess(data: params.Data, raw: Path, out: Path) -> None:
         if reasons:  # else the card stays what it is without this setting
             card["skipped"] = _skipped(data, source, list(reasons))
         (folder / "card.json").write_text(params.canonical_json(card), encoding="utf-8")
-        # What the pictures were made with stands in a file of its own, since training depends on the card.
+        # These stand in files of their own, since training depends on the card.
         (folder / "settings.json").write_text(params.canonical_json(data.model_dump()), encoding="utf-8")
+        equal = duplicates.find(
+            digests, labels, indices, source.classes, lambda index: _name(data, source, int(kept[index]))
+        )
+        (folder / "duplicates.json").write_text(params.canonical_json(equal), encoding="utf-8")
+    found = duplicates.told(equal, {part: len(chosen) for part, chosen in indices.items()})
+    if found:
+        advice = f"Remove the copies, if the pictures are your own; {out / 'duplicates.json'} names some."
+        print(f"warning: {'; '.join(found.values())}. {advice}", file=sys.stderr)
 
 
 def prepare(
@@ -227,17 +236,22 @@ def _unreadable(data: params.Data, source: datasets.Source) -> dict[int, str]:
 def _skipped(data: params.Data, source: datasets.Source, indices: list[int]) -> dict[str, Any]:
     """What the data card says of the pictures that were left out."""
     counts = np.bincount(source.labels[indices], minlength=len(source.classes)).tolist()
-    # Where the pictures lie may differ between machines; the card must not.
-    names = [source.name(index).removeprefix(f"{data.path}: ") for index in indices[:NAMED]]
     return {
         "count": len(indices),
         "class_counts": {label: count for label, count in zip(source.classes, counts, strict=True) if count},
-        "first": names,
+        "first": [_name(data, source, index) for index in indices[:NAMED]],
     }
 
 
-def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, file: Path, digest) -> list[int]:
-    """Decode the kept pictures into a .npy file, a block at a time; returns their shape."""
+def _name(data: params.Data, source: datasets.Source, index: int) -> str:
+    """What a file calls a picture: where the pictures lie may differ between machines, and the file must not."""
+    return source.name(index).removeprefix(f"{data.path}: ")
+
+
+def _write_images(
+    data: params.Data, source: datasets.Source, kept: np.ndarray, file: Path, digest
+) -> tuple[list[int], np.ndarray]:
+    """Decode the kept pictures into a .npy file, a block at a time; returns their shape and a digest of each."""
 
     def decoded(index: int) -> np.ndarray:
         try:
@@ -263,23 +277,24 @@ def _write_images(data: params.Data, source: datasets.Source, kept: np.ndarray, 
     shape = (len(kept), *first.shape)
     digest.update(json.dumps(shape).encode())
     block, threads = max(1, BLOCK_BYTES // first.nbytes), _threads()
+    digests = np.empty(len(kept), duplicates.DIGEST)
 
-    def fill(pictures: np.ndarray, chosen: np.ndarray, offset: int) -> None:
-        for place in range(offset, len(chosen), threads):
-            pictures[place] = checked(int(chosen[place]))
+    def fill(pictures: np.ndarray, start: int, offset: int) -> None:
+        for place in range(offset, len(pictures), threads):
+            pictures[place] = checked(int(kept[start + place]))
+            digests[start + place] = duplicates.digest(pictures[place])
 
     progress = tqdm(total=len(kept), unit=" pictures", desc="preprocess", disable=None)
     with file.open("wb") as opened, ThreadPoolExecutor(threads) as pool, progress:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(opened, header)
         for start in range(0, len(kept), block):
-            chosen = kept[start : start + block]
-            pictures = np.empty((len(chosen), *first.shape), np.uint8)
-            list(pool.map(fill, repeat(pictures), repeat(chosen), range(threads)))
+            pictures = np.empty((min(block, len(kept) - start), *first.shape), np.uint8)
+            list(pool.map(fill, repeat(pictures), repeat(start), range(threads)))
             digest.update(pictures)
             opened.write(pictures.data)
             progress.update(len(pictures))
-    return list(first.shape)
+    return list(first.shape), digests
 
 
 def _resize(image: Image.Image, image_size: list[int], resize: str) -> Image.Image:

@@ -1,5 +1,6 @@
 """Files from elsewhere: every source in turn, each file checked against its sha256, all of them or none."""
 
+import errno
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from ablation_lab.errors import LabError
 
 TIMEOUT = (4, 10)  # seconds until connected, seconds without a byte
 ATTEMPTS = 3
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PAUSE = 0.5  # seconds before the second attempt, twice as many before the third
 
 
@@ -125,6 +127,8 @@ def _get(place: str, target: Path, wanted: str | None) -> None:
                 raise _Fault(f"{folder}: no such folder", lost=True) from None
             raise _Fault(f"{place}: no such file") from None
         except OSError as error:
+            if error.errno in FULL:
+                raise OSError(error.errno, error.strerror, str(target)) from None  # no fault of the source's
             raise _Fault(f"{place}: {error.strerror}") from None
         return _check(place, target, wanted)
     for attempt in range(1, ATTEMPTS + 1):

@@ -7,6 +7,7 @@ minutes to hash, cache and check out.
 import difflib
 import functools
 import io
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -36,6 +38,9 @@ SUFFIXES = frozenset((
 # An archive can claim anything; these are far beyond any study, and the disk's free space is a bound of its own.
 MOST_PICTURES = 5_000_000
 MOST_BYTES = 500_000_000  # of one picture
+MOST_UNPACKED = 200  # times an archive's own size: pictures are packed already, a blank one packs a thousandfold
+HARMLESS = 100_000_000  # bytes that any archive may unpack to
+MOST_HEADER = 1_000_000  # bytes of a tar file's note about a member
 LAYOUT = "one folder a class, or train/<class> and test/<class>"
 
 _DAMAGED = (
@@ -43,8 +48,14 @@ _DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
 )
 
-# A file or folder on the way in: its path, its size in bytes, and how to read it (None for a folder).
-Member = tuple[str, int, Callable[[], bytes] | None]
+# Headers whose content is read into memory: a long name, or what else is to be known of the next member.
+_NOTES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+# A file or folder on the way in: its path, its size in bytes, and how to read so many of them (None for a folder).
+Member = tuple[str, int, Callable[[int], bytes] | None]
 
 
 def locate(data: params.Data) -> Path:
@@ -72,44 +83,66 @@ def download(data: params.Data, destination: Path) -> None:
     """Pack the pictures into one file, without unpacking anything to the disk.
 
     Raises:
-        LabError: when there is no such folder or archive, when it is damaged, or when its layout is not one of those
-            above.
+        LabError: when there is no such folder or archive, when it is damaged, when it unpacks to what no study has, or
+            when its layout is not one of those above.
     """
     found = locate(data)
     folders: list[str] = []
     names: set[str] = set()
-    ignored, at = Counter[str](), "the start"
+    ignored = Counter[str]()
     with files.whole(destination) as part, zipfile.ZipFile(part / PICTURES, "w") as packed:
-        free = shutil.disk_usage(part).free
-        try:
-            for at, size, read in _members(found):
-                path = PurePosixPath(at)
-                if path.is_absolute() or ".." in path.parts:
-                    raise LabError(f"{found}: Expected paths inside the archive. Found: {at}.")
-                if any(one.startswith(".") or one == "__MACOSX" for one in path.parts):
-                    continue
-                if read is None:
-                    folders.append(str(path))
-                elif path.suffix.lower() not in SUFFIXES:
-                    ignored[path.suffix.lower() or path.name] += 1
-                elif str(path) not in names:
-                    free -= size
-                    if size > MOST_BYTES or len(names) >= MOST_PICTURES or free < 0:
-                        expected = f"at most {MOST_PICTURES:,} pictures of {MOST_BYTES:,} bytes that fit on the disk"
-                        raise LabError(f"{found}: Expected {expected}. Found: {size:,} bytes, {at}.")
-                    # A fixed date and mode, so that equal pictures give equal files.
-                    info = zipfile.ZipInfo(str(path), date_time=(1980, 1, 1, 0, 0, 0))
-                    info.create_system, info.external_attr = 3, 0o644 << 16
-                    packed.writestr(info, read())
-                    names.add(str(path))
-        except _DAMAGED as error:
-            reason = str(error).partition("\n")[0].rstrip(":.")
-            expected = "a folder that can be read or a whole .zip, .tar or .tar.gz file without a password"
-            raise LabError(f"{found}: Expected {expected}. Found: {reason} (at {at}).") from None
+        for path, content in _pictures(found, shutil.disk_usage(part).free, folders, ignored):
+            # A fixed date and mode, so that equal pictures give equal files.
+            info = zipfile.ZipInfo(path, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            packed.writestr(info, content)
+            names.add(path)
         if ignored:  # said first, since it may be why there are no pictures
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(ignored.items()))
             print(f"{found}: ignored what is no picture by its suffix: {kinds}", file=sys.stderr)
         _layout(sorted(names), folders, str(found))
+
+
+def _pictures(found: Path, free: int, folders: list[str], ignored: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every picture; folders and the suffixes of other files are noted on the way.
+
+    Args:
+        free: bytes that may be written.
+    """
+    names: set[str] = set()
+    at, unpacked = "the start", 0
+    most = math.inf if found.is_dir() else max(HARMLESS, MOST_UNPACKED * found.stat().st_size)
+    try:
+        for at, size, read in _members(found):
+            path = PurePosixPath(at)
+            if path.is_absolute() or ".." in path.parts:
+                raise LabError(f"{found}: Expected paths inside the archive. Found: {at}.")
+            unpacked += size  # of any file: a tar file is unpacked up to the next member
+            if unpacked > most:
+                expected = f"an archive that unpacks to at most {MOST_UNPACKED} times its own size"
+                advice = "If it is what it should be, unpack it and set data.path to the folder."
+                raise LabError(f"{found}: Expected {expected}. Found: {unpacked:,} bytes up to {at}. {advice}")
+            if any(one.startswith(".") or one == "__MACOSX" for one in path.parts):
+                continue
+            if read is None:
+                folders.append(str(path))
+            elif path.suffix.lower() not in SUFFIXES:
+                ignored[path.suffix.lower() or path.name] += 1
+            elif str(path) not in names:
+                free -= size
+                if size > MOST_BYTES or len(names) >= MOST_PICTURES or free < 0:
+                    expected = f"at most {MOST_PICTURES:,} pictures of {MOST_BYTES:,} bytes that fit on the disk"
+                    raise LabError(f"{found}: Expected {expected}. Found: {size:,} bytes, {at}.")
+                str(path).encode()  # else no archive could hold it
+                content = read(size + 1)
+                if len(content) != size:
+                    raise LabError(f"{found}: Expected {size:,} bytes of {at}, as announced. Found: another number.")
+                names.add(str(path))
+                yield str(path), content
+    except _DAMAGED as error:
+        reason = str(error).partition("\n")[0].rstrip(":.")
+        expected = "a folder that can be read or a whole .zip, .tar or .tar.gz file without a password"
+        raise LabError(f"{found}: Expected {expected}. Found: {reason} (at {at}).") from None
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -217,18 +250,24 @@ def _folder_members(top: Path) -> Iterator[Member]:
         yield from ((str(PurePosixPath(inside, one)), 0, None) for one in folders)
         for one in sorted(found):
             file = Path(folder, one)
-            yield str(PurePosixPath(inside, one)), file.stat().st_size, file.read_bytes
+            if file.is_file():
+                yield str(PurePosixPath(inside, one)), file.stat().st_size, functools.partial(_read, file)
+            elif file.suffix.lower() in SUFFIXES and not one.startswith("."):
+                raise LabError(f"{top}: Expected plain files. Found: {inside / one}, a link to nothing or a device.")
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename.replace("\\", "/")  # written so by some programs on Windows
-            yield name, info.file_size, None if info.is_dir() else functools.partial(archive.read, info)
+            # Of the other methods Python unpacks as much as there is, whatever was announced.
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile(f"compression method {info.compress_type}, where only deflate is read")
+            yield name, info.file_size, None if info.is_dir() else functools.partial(_zip_read, archive, info)
 
 
 def _tar_members(path: Path) -> Iterator[Member]:
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, tarinfo=_Header) as archive:
         for info in archive:
             if info.isdir():
                 yield info.name, 0, None
@@ -239,7 +278,33 @@ def _tar_members(path: Path) -> Iterator[Member]:
                 raise LabError(f"{path}: Expected plain files. Found: {info.name}, a link or a device.")
 
 
-def _tar_read(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+def _read(file: Path, most: int) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(most)
+
+
+def _zip_read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    with archive.open(info) as opened:
+        return opened.read(most)
+
+
+def _tar_read(archive: tarfile.TarFile, info: tarfile.TarInfo, most: int) -> bytes:
     opened = archive.extractfile(info)
     assert opened is not None  # it is for folders and devices only
-    return opened.read()
+    return opened.read(most)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; tarfile takes a damaged or a missing one for the end of the archive, and any size for true."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf and not any(buf):
+                raise  # an empty block is the end
+            raise tarfile.ReadError(f"{error}, before the end of the archive") from None
+        if info.size < 0 or (info.size > MOST_HEADER and info.type in _NOTES):
+            raise tarfile.ReadError(f"a header that announces {info.size:,} bytes")
+        return info

@@ -1,5 +1,6 @@
 """A drawing of a network: a box a layer from top to bottom, what branches off beside it."""
 
+import re
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
@@ -158,8 +159,8 @@ def _in_order(layers: list[dict[str, Any]], feeds: dict[str, list[str]]) -> list
 
 
 def short(text: str, width: int) -> str:
-    """A text in one line of at most so many letters."""
-    text = " ".join(text.split())
+    """A text in one line of at most so many letters, without control characters, which no SVG file may hold."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 

@@ -48,7 +48,7 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "headline": summary.headline(study, results, text) + summary.selected(material, text),
         "findings": [] if material.shown is None else summary.findings(study, results, text),
         "limits": summary.limits(study, material, text),
-        "checks": summary.checks(study, material, went),
+        "checks": summary.checks(study, material, went, text),
         "variants": tables.variants(study, material, text),
         "selection": tables.selection(material, text),
         "steps": tables.steps(study, material, text),

@@ -63,6 +63,7 @@ class Material:
         cells: evaluation/cells.json by (variant, seed).
         curves: evaluation/curves.csv.
         card: data/processed/card.json.
+        duplicates: data/processed/duplicates.json; None where the pictures were prepared before there was one.
         pictures: sample pictures (uint8) with their class numbers.
         mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
         shown: a few test pictures with the probabilities that each variant gave them; None while they are sealed.
@@ -83,6 +84,7 @@ class Material:
     cells: dict[tuple[str, int], dict[str, Any]]
     curves: pd.DataFrame
     card: dict[str, Any]
+    duplicates: dict[str, Any] | None
     pictures: list[tuple[np.ndarray, int]]
     mistakes: dict[str, list[Pair]]
     shown: Shown | None
@@ -197,6 +199,7 @@ def gather(study: Params, root: Path) -> Material:
         cells,
         curves,
         card,
+        files.read_json(equal) if (equal := root / "data/processed/duplicates.json").exists() else None,
         _pictures(images, labels, parts["train"], card),
         {name: pairs for name, (pairs, _) in wrong.items()},
         _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,

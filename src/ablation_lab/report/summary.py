@@ -3,10 +3,10 @@
 from itertools import count, islice
 from typing import Any
 
-from ablation_lab import params
+from ablation_lab import duplicates, params
 from ablation_lab.params import Params
 from ablation_lab.report import tables
-from ablation_lab.report.results import Material, validation_means
+from ablation_lab.report.results import Material, mean_of, validation_means
 from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, counted, length, setting
 
 SEVERAL = (
@@ -151,9 +151,9 @@ def _more_seeds(delta: dict[str, Any]) -> str:
     return f"; {seeds} seeds would tell a difference of this size apart"
 
 
-def checks(study: Params, material: Material, went: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """What is wrong with the study's design, and with which variants: the plan's warnings first."""
-    about: dict[str, list[str]] = {}
+def checks(study: Params, material: Material, went: dict[str, list[str]], text: Format) -> list[tuple[str, str]]:
+    """What is wrong with the study's design, and with which variants: the data first, then the plan's warnings."""
+    about: dict[str, list[str]] = {told: ["all variants"] for told in _equal_pictures(material, text)}
     for name, network in material.networks.items():
         for lint in network["lints"]:
             about.setdefault(lint, []).append(name)
@@ -186,6 +186,34 @@ def checks(study: Params, material: Material, went: dict[str, list[str]]) -> lis
     return [(", ".join(names), told) for told, names in about.items()]
 
 
+def _equal_pictures(material: Material, text: Format) -> list[str]:
+    """What equal pictures in two parts or classes do to the numbers."""
+    if material.duplicates is None:
+        return []
+    told = duplicates.told(material.duplicates, material.card["counts"])
+    for key, part in (("test_in_train", "test"), ("validation_in_train", "validation")):
+        worst = _flattery(material, key, part)
+        if worst:
+            points = text.points(worst, sign=False)
+            points = points if float(points) else f"less than {10**-text.digits:.{text.digits}f}"
+            told[key] += f": {part} accuracies are too high by up to {points} points"
+    if "test_in_validation" in told:
+        told["test_in_validation"] += ", by which epochs are chosen"
+    if "in_classes" in told:
+        told["in_classes"] += ": no network can be right about all their copies"
+    return list(told.values())
+
+
+def _flattery(material: Material, key: str, part: str) -> float:
+    """By how much the lowest accuracy on a part is too high when all its pictures that were trained on are answered
+    right; 0 where there is no accuracy."""
+    results, known = material.results, material.duplicates[key]["same_class"] if material.duplicates else 0
+    means = [mean_of(one, f"{part}_accuracy") for one in results["variants"].values()]
+    lowest = min((mean for mean in means if mean is not None), default=1.0)
+    unknown = results["data"]["counts"][part] - known
+    return min(lowest, known * (1 - lowest) / unknown) if unknown else lowest
+
+
 def _budget(variant: params.Variant) -> tuple:
     """What fixes how many pictures a training sees at most, and when it may stop."""
     train = variant.train
@@ -198,9 +226,15 @@ def limits(study: Params, material: Material, text: Format) -> list[str]:
     verdicts = {one["delta"]["verdict"] for one in material.results["variants"].values()}
     seeds, test = len(study.seeds), material.card["counts"]["test"]
     limits = []
+    if material.duplicates and duplicates.told(material.duplicates, material.card["counts"]):
+        limits.append(
+            "Only pictures that are equal after resizing, to the last pixel, were counted as being in two parts or "
+            "classes: near duplicates were not looked for, so there may be more of them."
+        )
     if material.shown is None:
         return [
-            "The validation accuracy of whatever was chosen by it is too good: only the test part can say by how much."
+            "The validation accuracy of whatever was chosen by it is too good: only the test part can say by how much.",
+            *limits,
         ]
     if seeds == 1:
         limits.append(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ VIEW = "variants"  # the view of MLflow's page that shows the latter
 REASON, HOST, PID = "ablab.reason", "ablab.host", "ablab.pid"
 DIGEST = 36  # letters that MLflow has for a data set's digest
 METRICS, PAIRS = 800, 100  # metrics, tags and parameters in a request: 1,000 in all
+NAME = re.compile(r"(?=.{1,100}$)\w[\w. :-]*(/[\w :-]+)*")  # of MLflow's 250 letters and no path to elsewhere
 
 
 def describe(client: MlflowClient, run_id: str, plan: Mapping[str, Any], card: Mapping[str, Any]) -> None:
@@ -160,12 +162,15 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names; a list of layers goes by the layers' names."""
+    """Nested settings as dotted names; a list of layers goes by the layers' names.
+
+    What MLflow has no name for, such as the weights of classes called `a & b`, stays one value.
+    """
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
             value = {layer["name"]: {k: v for k, v in layer.items() if k != "name"} for layer in value}
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and all(NAME.fullmatch(inner) for inner in value):
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
