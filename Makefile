@@ -11,6 +11,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro setup gpu test test-slow lint lock
 
 repro: setup
+	@test -s .dvc/tmp/rwlock || rm -f .dvc/tmp/rwlock # DVC can't read what it left when it was killed while it wrote it
 	$(VENV)/bin/dvc repro
 	@echo "Report: reports/report.html"
 

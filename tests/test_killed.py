@@ -17,6 +17,8 @@ import pytest
 from conftest import agree, passed, run
 from test_two_phases import STUDY, photographs
 
+from ablation_lab.dvc_command import mend
+
 pytestmark = pytest.mark.slow
 
 # The stage in which a run is killed, 20 times: each one at least once, trainings more often.
@@ -72,6 +74,7 @@ def killed(project: Path, stage: str, seconds: float, whole_group: bool) -> list
     Returns:
         The lines that it has printed.
     """
+    mend(project)  # as `make repro` and `ablab repro` do
     process = subprocess.Popen(
         ["dvc", "repro"],
         cwd=project,
@@ -121,6 +124,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path):
         resumed = [int(epochs) for line in output for epochs in re.findall(r"goes on after epoch (\d+)", line)]
         assert set(resumed) <= set(before.values()) | {epochs for epochs in after.values()} or alone
         before = after
+    mend(project)
     passed(run(project, "dvc", "repro"))
     first, second = content(undisturbed), content(project)
     assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []

@@ -19,9 +19,9 @@ import numpy as np
 from ablation_lab import files
 from ablation_lab.backend import keras
 
-# Waiting for the disk, so that a power loss takes nothing, and keeping a state at all are left out where they would
-# take more than a twentieth of the training's time; keeping what takes less than SHORT seconds never is.
-SHARE, SHORT = 20, 0.05
+# Keeping states takes at most a twentieth of the training's time, and a second. Where that would be exceeded, waiting
+# for the disk, so that a power loss takes nothing, is left out first.
+SHARE, ALLOWED = 20, 1
 STATES = 2  # that are kept: should a power loss break the last one, there is the one before
 
 # What callbacks remember from epoch to epoch, by the name of their class.
@@ -44,8 +44,8 @@ class Keeper(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.callbacks = folder, callbacks
         self._memory: list[dict[str, Any]] | None = None
-        self._cost = {True: 0.0, False: 0.0}  # seconds, with waiting for the disk and without
-        self._kept = -np.inf
+        self._cost = {True: 0.0, False: 0.0}  # the last time's seconds, with waiting for the disk and without
+        self._spent, self._began = 0.0, 0.0
 
     def load(self, network: keras.Model) -> int:
         """Give a compiled network the state that was kept.
@@ -68,21 +68,22 @@ class Keeper(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._recall()  # the others have just forgotten all
+        self._began = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         started = time.perf_counter()
-        affordable = {durable: started - self._kept >= SHARE * cost for durable, cost in self._cost.items()}
-        if self.folder is None or not (affordable[False] or self._cost[False] < SHORT):
+        left = ALLOWED + (started - self._began) / SHARE - self._spent
+        durable = self._cost[True] <= left
+        if self.folder is None or not (durable or self._cost[False] <= left):
             return
-        durable = affordable[True]
         try:
             self._write(epoch + 1, durable)
         except OSError as error:
             lost = f"{self.folder}: can't be written ({error.strerror or error})"
             print(f"warning: {lost}; the training goes on, and starts anew should it be killed", file=sys.stderr)
             self.folder = None
-        self._kept = time.perf_counter()
-        self._cost[durable] = self._kept - started
+        self._cost[durable] = time.perf_counter() - started
+        self._spent += self._cost[durable]
 
     def _recall(self) -> None:
         for callback, memory in zip(self.callbacks, self._memory or (), strict=False):

@@ -194,6 +194,20 @@ def search(
 
 
 @app.command()
+def repro(
+    jobs: Annotated[
+        str, typer.Option("-j", "--jobs", help="Cells at a time; auto: as many as there is room for.")
+    ] = "auto",
+) -> None:
+    """What `dvc repro` does, with cells side by side."""
+    from ablation_lab import parallel
+
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
+        raise LabError(f"--jobs: Expected a number of cells, or auto. Found: {jobs}.")
+    sys.exit(parallel.repro(_project(), None if jobs == "auto" else int(jobs)))
+
+
+@app.command()
 def verify(
     cells: Annotated[
         list[str] | None,

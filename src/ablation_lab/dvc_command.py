@@ -1,5 +1,6 @@
 """DVC called from `ablab`."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,4 +14,31 @@ def environment() -> dict[str, str]:
     found = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
     found["DVC_NO_ANALYTICS"] = "1"
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
+    return found
+
+
+def mend(root: Path) -> None:
+    """Remove DVC's list of locks where DVC was killed while it wrote it and left it empty: it can't be read any more."""
+    locks = root / ".dvc/tmp/rwlock"
+    if locks.exists() and not locks.stat().st_size:
+        locks.unlink()
+
+
+def due(root: Path, names: list[str]) -> list[str]:
+    """The stages that `dvc repro` would run the commands of: changed, and not in the run cache. Their dependencies must
+    be up to date."""
+    from dvc.repo import Repo
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    found = []
+    with contextlib.chdir(root), Repo() as repo, repo.lock:
+        for name in names:
+            stage = repo.stage.load_one(name=name)
+            if not stage.changed():
+                continue
+            stage.save_deps()
+            try:
+                repo.stage_cache.restore(stage, dry=True)
+            except RunCacheNotFoundError:
+                found.append(name)
     return found

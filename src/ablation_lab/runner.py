@@ -6,6 +6,7 @@ TensorFlow is imported when there is something to train.
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ablation_lab import cell, files, resume
 from ablation_lab.tracking import live
 
 DATA = Path("data/processed")
+Told = Callable[[dict[str, float]], None]
 
 
 def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
@@ -35,11 +37,15 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
     return result
 
 
-def prepare(variant: str, seed: int, root: Path = Path()) -> None:
-    """Train a cell and leave it in its place, from where its stage takes it."""
+def prepare(variant: str, seed: int, root: Path = Path(), told: Told = lambda row: None) -> None:
+    """Train a cell and leave it in its place, from where its stage takes it.
+
+    Args:
+        told: called after each epoch with its row of `history.csv` and `epoch_seconds`.
+    """
     identity, hashes = identify(variant, seed, root)
     with resume.place(identity.cell_hash, wait=True) as place:
-        make(identity, hashes, place, root)
+        make(identity, hashes, place, root, told)
 
 
 def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identity, dict[str, str]]:
@@ -52,7 +58,9 @@ def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identit
     return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
 
 
-def make(identity: live.Identity, hashes: dict[str, str], place: Path, root: Path) -> None:
+def make(
+    identity: live.Identity, hashes: dict[str, str], place: Path, root: Path, told: Told = lambda row: None
+) -> None:
     """Train a cell in its place, unless it is there. A cell that another variant has finished already, under the same
     plan, data, code and seed, is shared. A cell of the second phase starts from the weights of the selected variant's
     cell with the same seed."""
@@ -70,20 +78,25 @@ def make(identity: live.Identity, hashes: dict[str, str], place: Path, root: Pat
                 for row in cell.history(folder):
                     run.epoch(row)
             else:
-                _train(identity, hashes, place, folder, run, root)
+
+                def report(row: dict[str, float]) -> None:
+                    run.epoch(row)
+                    told(row)
+
+                _train(identity, hashes, place, folder, report, root)
             files.flush(folder)
         result = files.read_json(ready / cell.RESULT)
         run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
 
 
 def _train(
-    identity: live.Identity, hashes: dict[str, str], place: Path, folder: Path, run: live.CellRun, root: Path
+    identity: live.Identity, hashes: dict[str, str], place: Path, folder: Path, report: Told, root: Path
 ) -> None:
     from ablation_lab import training
 
     start = cell.start(identity.seed, root) if "start" in identity.plan else None
-    told = (identity.name, run.epoch, start, place / "state")
-    result = training.train(identity.plan, identity.seed, root / DATA, folder, *told)
+    how = (identity.name, report, start, place / "state")
+    result = training.train(identity.plan, identity.seed, root / DATA, folder, *how)
     files.write_json(folder / cell.RESULT, result | hashes)
     timing = files.read_json(folder / cell.TIMING)
     files.write_json(folder / cell.TIMING, timing | {"made": identity.made})

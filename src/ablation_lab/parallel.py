@@ -1,0 +1,261 @@
+"""`dvc repro` with its cells side by side.
+
+DVC says which cells are due. They are trained by processes of their own, each of which leaves its cell in its place
+(`resume.py`); then `dvc repro` takes them from there, as if its stages had trained them. What is kept, locked, cached
+and tracked is what `dvc repro` alone makes.
+"""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ablation_lab import cell, errors, files, params, resume, runner
+from ablation_lab.dvc_command import DVC, due, environment, mend
+
+MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
+PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
+
+
+@dataclass
+class Job:
+    """A cell that is due: its stage (`train` or `finetune`), how long it may take (in any unit), how far it is."""
+
+    stage: str
+    variant: str
+    seed: int
+    cost: float
+    epochs: int
+    row: dict[str, float] = field(default_factory=dict)
+    started: float = 0
+    seconds: float = 0
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+
+def repro(root: Path, jobs: int | None) -> int:
+    """Bring the project up to date, `jobs` cells at a time.
+
+    Args:
+        jobs: None for as many as the cores have room for.
+
+    Returns:
+        The exit status: that of `dvc repro`, or 1 when a cell has failed; the others are then kept.
+    """
+    context = _context()
+    mend(root)
+    if status := _dvc(root, "repro", "plan"):
+        return status
+    study = params.load(root / "params.yaml")
+    for stage, variants in (("train", study.variants), ("finetune", study.second_names)):
+        if stage == "finetune" and variants and (status := _dvc(root, "repro", "select")):
+            return status
+        cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
+        waiting = [_job(stage, *cells[name], root) for name in due(root, list(cells))] if cells else []
+        if not waiting:
+            continue
+        failed = _side_by_side(waiting, jobs or _room(waiting, root), context, root)
+        if failed:
+            # What has been trained is kept; DVC alone would try the others once more.
+            good = [f"{job.stage}@{job.name}" for job in waiting if not job.failure]
+            if good:
+                _dvc(root, "repro", "--single-item", *good)
+            for job in failed:
+                print(f"\nerror: {job.stage}@{job.name}: {job.failure}", file=sys.stderr)
+            return 1
+    return _dvc(root, "repro")
+
+
+def _dvc(root: Path, *command: str) -> int:
+    return subprocess.run([*DVC, *command], cwd=root, env=environment(), check=False).returncode
+
+
+def _context() -> Any:
+    """How processes are started: from one that has imported TensorFlow already, where no GPU is in the way."""
+    if _gpus():
+        return multiprocessing.get_context("spawn")  # CUDA doesn't outlive a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner"])
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()  # while DVC plans
+    return context
+
+
+def _gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one and one != "-1"]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
+def _room(waiting: list[Job], root: Path) -> int:
+    """As many cells as there are GPUs, else as the cores have threads for."""
+    threads = max(files.read_json(cell.plan_file(job.variant, root))["train"]["threads"] for job in waiting)
+    return len(_gpus()) or max(1, len(_cores()) // threads)
+
+
+def _job(stage: str, variant: str, seed: int, root: Path) -> Job:
+    plan, card = files.read_json(cell.plan_file(variant, root)), files.read_json(root / runner.DATA / "card.json")
+    facts = files.read_json(cell.plan_file(variant, root, "networks/"))
+    settings = plan["train"]
+    pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
+    pictures = pictures or card["counts"]["train"] * plan["input"]["fraction"]
+    frozen = facts.get("frozen", {"macs": 0, "once": False})
+    macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
+    return Job(stage, variant, seed, settings["epochs"] * pictures * macs / MACS_A_SECOND + 1, settings["epochs"])
+
+
+def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path) -> list[Job]:
+    """Train cells, the longest first; those that have failed."""
+    queue = sorted(waiting, key=lambda job: -job.cost)
+    equal: set[str] = set()  # of equal cells one is trained; DVC's stages then share its result
+    cores, gpus = _cores(), _gpus()
+    share = max(1, len(cores) // jobs)
+    free = list(range(jobs))
+    running: dict[int, tuple[Any, Job, int, Connection]] = {}
+    logs = root / resume.FOLDER
+    logs.mkdir(exist_ok=True)
+    with _view(waiting, jobs) as show:
+        try:
+            while queue or running:
+                while queue and free:
+                    job, slot = queue.pop(0), free.pop(0)
+                    wanted = runner.identify(job.variant, job.seed, root)[0].cell_hash
+                    if wanted in equal:
+                        free.insert(0, slot)
+                        continue
+                    equal.add(wanted)
+                    job.started = time.monotonic()
+                    ours, theirs = context.Pipe(duplex=False)
+                    chosen = [cores[(slot * share + number) % len(cores)] for number in range(share)]
+                    gpu = gpus[slot % len(gpus)] if gpus else None
+                    arguments = (root, job.stage, job.variant, job.seed, chosen, gpu, logs / f"{job.name}.log", theirs)
+                    process = context.Process(target=_cell, args=arguments, name=job.name)
+                    process.start()
+                    theirs.close()
+                    running[process.sentinel] = (process, job, slot, ours)
+                telling = {ours: job for _, job, _, ours in running.values() if not ours.closed}
+                ready = wait([*running, *telling], timeout=1)
+                for pipe in telling.keys() & set(ready):
+                    try:
+                        telling[pipe].row = pipe.recv()
+                    except EOFError:
+                        pipe.close()
+                for sentinel in running.keys() & set(ready):
+                    process, job, slot, _ = running.pop(sentinel)
+                    process.join()
+                    job.seconds = time.monotonic() - job.started
+                    if process.exitcode:
+                        job.failure = _reason(process.exitcode, logs / f"{job.name}.log")
+                    free.append(slot)
+                    show.ended(job)
+                show.refresh([job for _, job, _, _ in running.values()], len(queue))
+        finally:
+            for process, *_ in running.values():
+                process.terminate()
+            for process, *_ in running.values():
+                process.join(PATIENCE)
+                process.kill()
+    return [job for job in waiting if job.failure]
+
+
+def _cell(
+    root: Path, stage: str, variant: str, seed: int, cores: list[int], gpu: str | None, log: Path, told: Connection
+) -> None:
+    """What a process does: train one cell, its output in a file, each epoch told."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started this, which ends it
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    os.environ["DVC_STAGE"] = f"{stage}@{variant}-{seed}"
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    with errors.explained():
+        runner.prepare(variant, seed, told=told.send)
+
+
+def _reason(status: int, log: Path) -> str:
+    """Why a cell has failed, from what it has written."""
+    if status == -signal.SIGKILL:
+        return "killed, perhaps as the memory was full. With fewer cells at a time (-j) each has more."
+    lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
+    told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if told:
+        return "\n".join(lines[told[-1] :]).removeprefix("error: ")
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return f"{(raised or lines)[-1]} (all of it: {log})"
+
+
+class _view:
+    """What is shown: on a terminal the cells that run, their epochs and accuracies; elsewhere a line a finished one."""
+
+    def __init__(self, waiting: list[Job], jobs: int):
+        self.all, self.jobs = waiting, jobs
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+        self.done: list[Job] = []
+        self.began = time.monotonic()
+
+    def __enter__(self) -> "_view":
+        if self.console.is_terminal:
+            self.live.start()
+        else:
+            print(f"{len(self.all)} cells, {self.jobs} at a time", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def ended(self, job: Job) -> None:
+        self.done.append(job)
+        told = f"failed: {job.failure.splitlines()[0]}" if job.failure else f"{job.seconds:.0f} s{_accuracy(job)}"
+        line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def refresh(self, running: list[Job], queued: int) -> None:
+        if not self.console.is_terminal:
+            return
+        table = Table(box=None, title_justify="left", title=f"{len(self.done)} of {len(self.all)} cells{self._left()}")
+        for heading in ("cell", "epoch", "validation accuracy", "seconds"):
+            table.add_column(heading, justify="left" if heading == "cell" else "right")
+        for job in running:
+            epoch = f"{int(job.row.get('epoch', 0))}/{job.epochs}"
+            seconds = f"{time.monotonic() - job.started:.0f}"
+            table.add_row(job.name, epoch, _accuracy(job).removeprefix(", validation accuracy "), seconds)
+        table.add_row(f"{queued} waiting", "", "", "")
+        self.live.update(table)
+
+    def _left(self) -> str:
+        known = [job for job in self.done if not job.failure]
+        if not known:
+            return ""
+        rest = sum(job.cost for job in self.all if job not in self.done)
+        spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
+        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
+
+
+def _accuracy(job: Job) -> str:
+    return f", validation accuracy {job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""

@@ -1,0 +1,186 @@
+import copy
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, agree, client_of, new_project, passed, run, write_params
+from ruamel.yaml import YAML
+from test_killed import content, environment
+
+from ablation_lab import parallel
+from ablation_lab.dvc_command import due
+
+BROKEN = """
+from keras import Model, layers, saving
+
+@saving.register_keras_serializable()
+class Broken(layers.Layer):
+    def call(self, x, training=False):
+        if training:
+            raise MemoryError("no room for this")
+        return x
+
+def build(image_shape, classes):
+    inputs = layers.Input(image_shape)
+    return Model(inputs, layers.Dense(classes, activation="softmax")(layers.Flatten()(Broken()(inputs))))
+"""
+
+
+def phases() -> dict:
+    """Four cells, two of which are the same training, and a second phase."""
+    study = copy.deepcopy(TINY)
+    study["variants"] = {"baseline": {}, "no_dropout": {"model": {"dropout": 0}}, "same": {"model": {"dropout": 0.0}}}
+    study["seeds"] = [0]
+    study["finetune"] = {"variants": {"slower": {"train": {"optimizer": {"learning_rate": 0.001}}}}}
+    return study
+
+
+def lock(project: Path) -> dict:
+    """What dvc.lock says, but for the hashes of what has times in it."""
+    stages = YAML(typ="safe").load((project / "dvc.lock").read_text())["stages"]
+    for stage in stages.values():
+        for one in [*stage.get("deps", ()), *stage["outs"]]:
+            if re.match("cells|reports|mlruns|evaluation", one["path"]):
+                one.clear()
+    return stages
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> tuple[Path, Path]:
+    """The same study by `dvc repro` and by `ablab repro`."""
+    folder = tmp_path_factory.mktemp("both")
+    projects = folder / "one" / "project", folder / "two" / "project"
+    for project in projects:
+        new_project(project)
+        write_params(project, phases())
+    passed(run(projects[0], "dvc", "repro"))
+    done = run(projects[1], "ablab", "repro", "-j", "2")
+    passed(done)
+    assert "3 cells, 2 at a time" in done.stderr and "1 cells, 2 at a time" in done.stderr
+    assert re.search(r"^baseline-0: \d+ s, validation accuracy [\d.]+% \(\d of 3", done.stderr, re.MULTILINE)
+    return projects
+
+
+def test_side_by_side_is_what_dvc_makes(both):
+    one, two = (content(project) for project in both)
+    assert [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)] == []
+    assert lock(both[0]) == lock(both[1])
+    assert "Data and pipelines are up to date." in passed(run(both[1], "dvc", "repro"))
+    assert not list((both[1] / "resume").glob("*/"))
+
+
+def test_side_by_side_is_tracked_like_what_dvc_makes(both):
+    runs = []
+    for project in both:
+        agree(project)
+        client = client_of(project)
+        found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
+        volatile = {"ablab.pid", "mlflow.parentRunId", "ablab.cells"}
+        keys = {"train_accuracy", "validation_accuracy", "test_accuracy", "best_epoch"}
+        runs.append(
+            sorted(
+                (
+                    one.info.run_name,
+                    one.info.status,
+                    sorted(one.data.params.items()),
+                    sorted((key, value) for key, value in one.data.metrics.items() if key in keys),
+                    sorted(one.data.tags.keys() - volatile),
+                    one.data.tags.get("dvc.stage"),
+                )
+                for one in found
+            )
+        )
+    assert runs[0] == runs[1]
+
+
+def test_only_what_is_due_is_trained(both):
+    project = both[1]
+    study = phases()
+    assert due(project, ["train@baseline-0", "train@same-0"]) == []
+    study["variants"]["no_dropout"]["model"]["dropout"] = 0.1
+    write_params(project, study)
+    try:
+        done = run(project, "ablab", "repro", "-j", "2")
+        passed(done)
+        assert "1 cells, 2 at a time" in done.stderr and "no_dropout-0: " in done.stderr
+    finally:
+        write_params(project, phases())
+    done = run(project, "ablab", "repro")  # put back: from DVC's cache
+    passed(done)
+    assert "at a time" not in done.stderr
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
+    (project / "networks/broken.py").write_text(BROKEN)
+    study = copy.deepcopy(TINY)
+    own = {"builder": "networks.broken:build", "dropout": None, "blocks": None, "head": None}
+    study["variants"] = {"baseline": {}, "broken": {"model": own}}
+    write_params(project, study)
+    done = run(project, "ablab", "repro", "-j", "2")
+    assert done.returncode == 1
+    assert "error: train@broken-0: " in done.stderr and "no room for this" in done.stderr
+    assert (project / "cells/baseline/seed-0/cell.json").exists()
+    assert (project / "cells/baseline/seed-1/cell.json").exists()
+    assert due(project, [f"train@{name}-{seed}" for name in ("baseline", "broken") for seed in (0, 1)]) == [
+        "train@broken-0",
+        "train@broken-1",
+    ]
+    write_params(project, TINY)
+    done = run(project, "ablab", "repro")
+    passed(done)
+    assert "2 cells, " in done.stderr  # those of no_dropout
+    agree(project)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
+    study = copy.deepcopy(TINY)
+    study["train"]["epochs"] = 2000
+    write_params(project, study)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ablation_lab.cli", "repro", "-j", "2"],
+        cwd=project,
+        env=environment(project),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(project.glob("resume/*/state/*.npz"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
+    left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+    kept = {path.parents[1].name for path in project.glob("resume/*/state/*.npz")}
+    assert len(kept) >= 2
+    study["train"]["epochs"] = 2
+    write_params(project, study)
+    passed(run(project, "ablab", "repro", "-j", "2"))
+    agree(project)
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "text", "told"),
+    [
+        (-9, "", "killed, perhaps as the memory was full"),
+        (1, "epoch 1\nerror: disk: Expected room.\n       Free some.\n", "disk: Expected room.\n       Free some."),
+        (1, "Traceback\nValueError: what\n", "ValueError: what (all of it: "),
+        (3, "", "exit status 3"),
+    ],
+)
+def test_why_a_cell_failed_is_told(exitcode, text, told, tmp_path):
+    (tmp_path / "log").write_text(text)
+    assert parallel._reason(exitcode, tmp_path / "log").startswith(told)
+
+
+def test_a_number_of_cells_is_asked_for(project: Path):
+    done = run(project, "ablab", "repro", "-j", "many")
+    assert done.returncode == 1 and "--jobs: Expected a number of cells, or auto. Found: many." in done.stderr
