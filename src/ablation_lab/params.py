@@ -804,8 +804,9 @@ class _Problems:
         self.places: set[tuple] = set()
 
     def add(self, loc: tuple, expected: str, found: Any, valid: list | None = None) -> None:
-        near = difflib.get_close_matches(str(found)[:100], [str(one) for one in valid or []], n=1, cutoff=0.5)
-        hint = f" Did you mean {dotted((near[0],))}?" if near else ""
+        known = {str(one).lower(): one for one in valid or []}
+        near = difflib.get_close_matches(str(found)[:100].lower(), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {dotted((known[near[0]],))}?" if near else ""
         where = f"{self.file}{self._line(loc)}: {dotted(loc)}"
         self.places.add(loc)
         self.lines[f"{where}: Expected {expected}. Found: {shown(found)}.{hint}"] = None
