@@ -367,8 +367,8 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
         return tuple(card["image_shape"]), card["classes"], counts["train"], sum(counts.values()), card["digest"]
     if known is None:
         raise LabError(
-            "data: Expected pictures that are preprocessed with these settings, since only they tell their classes. "
-            "Found: none. Run `dvc repro preprocess` first."
+            f"{study.file}: data: Expected pictures that are preprocessed with these settings, since only they tell "
+            "their classes. Found: none. Run `dvc repro preprocess` first."
         )
     split = study.data.split
     counts = known.counts
