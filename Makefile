@@ -8,7 +8,7 @@ UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro setup gpu test test-slow lint lock
+.PHONY: repro setup gpu test test-slow lint lock audit
 
 repro: setup
 	@test -s .dvc/tmp/rwlock || rm -f .dvc/tmp/rwlock # DVC can't read what it left when it was killed while it wrote it
@@ -48,3 +48,7 @@ lint: setup
 lock: setup
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra dev -o requirements.lock pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra dev --extra gpu -c requirements.lock -o requirements-gpu.lock pyproject.toml
+
+# Known vulnerabilities of what is locked; those that are accepted stand in pyproject.toml.
+audit: setup
+	@$(VENV)/bin/python .ci/audit.py

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import TINY, new_project, passed, run, write_params
 from PIL import Image
@@ -141,6 +142,10 @@ def test_ui_serves_the_studys_store_on_the_loopback_address(folder: Path):
                 search = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=tiny"
                 with urllib.request.urlopen(search, timeout=5) as answer:
                     assert json.load(answer)["experiment"]["name"] == "tiny"
+                serving = psutil.Process(server.pid)
+                processes = [serving, *serving.children(recursive=True)]
+                opened = [one for process in processes for one in process.net_connections()]
+                assert {one.laddr for one in opened if one.status == "LISTEN"} == {("127.0.0.1", port)}
                 break
             except OSError:
                 assert time.monotonic() < deadline, "the UI did not answer"

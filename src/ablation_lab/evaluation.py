@@ -157,7 +157,7 @@ def scored_parts(study: Params) -> tuple[str, ...]:
 
 def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
     except FileNotFoundError:
         raise files.missing(path) from None

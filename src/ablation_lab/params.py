@@ -6,20 +6,22 @@ A variant is a JSON Merge Patch (RFC 7396) of `input`, `model` and `train`. What
 
 import difflib
 import hashlib
-import io
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from ablation_lab import study_file
 from ablation_lab.errors import LabError
+from ablation_lab.study_file import dotted, listed, shown
 
 PATCHED = ("input", "model", "train")
 # Words that YAML 1.1 readers take for a boolean or nothing, so that a variant of this name would lose it somewhere.
@@ -27,8 +29,20 @@ MISREAD = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 SLUG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
+# What no study needs more of; a larger number is a slip of the keyboard, and would end in a machine out of memory.
+LONGEST_SIDE = 4096  # of a picture, in pixels; also of a kernel, a stride, a window
+MOST_LAYERS = 1000  # of one network: convolutions, residual blocks, dense layers
+MOST_SEEDS, MOST_VARIANTS = 1000, 500
+MOST_PLANS = 5000  # of the second phase: its variants, for each variant that may be selected
+LONGEST_TEXT = 10_000
+LARGEST_NUMBER = 2**63
+MOST_MISTAKES = 30  # that are told at once
+
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer: its filters or units
+Repeats = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 
 
 class Section(BaseModel):
@@ -46,7 +60,7 @@ class Study(Section):
     report draws its curves with, 1 for none; null smooths the curves of long trainings only.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)
     title: str = ""
     baseline: str
     source: str | None = None
@@ -73,13 +87,13 @@ class Data(Section):
 
     dataset: Literal["digits", "fashion_mnist", "cifar10", "image_folder"]
     path: str | None
-    image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    image_size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
     color: Literal["rgb", "grayscale"] | None = None
     resize: Literal["stretch", "pad", "crop"] = "stretch"
     split: Split = Split()
     limit: Positive | None = None
     unreadable: Literal["error", "skip"] = "error"
-    pictures: Annotated[dict[str, Positive], Field(min_length=2)] | None = None
+    pictures: Annotated[dict[str, Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=2)] | None = None
 
 
 class Input(Section):
@@ -97,14 +111,14 @@ class BlockSettings(Section):
     """Settings that a block has, or takes from `model` where it sets none. Sizes in pixels, `pool: 1` pools nothing."""
 
     convolution: Literal["standard", "separable", "depthwise", "transpose"] | None = None
-    convolutions: Positive | None = None
-    filters: Positive | None = None
-    kernel: Positive | None = None
-    stride: Positive | None = None
+    convolutions: Repeats | None = None
+    filters: Width | None = None
+    kernel: Pixels | None = None
+    stride: Pixels | None = None
     padding: Literal["valid", "same"] | None = None
     activation: str | None = None
     normalization: Literal["none", "batch", "layer"] | None = None
-    pool: Positive | None = None
+    pool: Pixels | None = None
     pool_type: Literal["max", "average"] | None = None
     dropout: Rate | None = None
 
@@ -113,7 +127,7 @@ class DenseSettings(Section):
     """A dense layer of the head; `units` and `dropout` come from `model.head_units` and `model.head_dropout` where they
     are not set."""
 
-    units: Positive | None = None
+    units: Width | None = None
     activation: str | None = None
     normalization: Literal["none", "batch", "layer"] | None = None
     dropout: Rate | None = None
@@ -133,7 +147,7 @@ class Network(Section):
     initializer: str = "glorot_uniform"
     l2: float = Field(default=0.0, ge=0)
     head: dict[str, DenseSettings] = {}
-    head_units: Positive | None = None
+    head_units: Width | None = None
     head_dropout: Rate = 0.0
     head_l2: float | None = Field(default=None, ge=0)
     output: Literal["softmax", "sigmoid", "logits"] = "softmax"
@@ -166,13 +180,13 @@ class Cnn(Network):
     builder: Literal["cnn"]
     blocks: dict[str, BlockSettings] = Field(min_length=1)
     convolution: Literal["standard", "separable", "depthwise", "transpose"] = "standard"
-    convolutions: Positive = 1
-    filters: Positive | None = None
-    kernel: Positive = 3
-    stride: Positive = 1
+    convolutions: Repeats = 1
+    filters: Width | None = None
+    kernel: Pixels = 3
+    stride: Pixels = 1
     padding: Literal["valid", "same"] = "valid"
     normalization: Literal["none", "batch", "layer"] = "none"
-    pool: Positive = 2
+    pool: Pixels = 2
     pool_type: Literal["max", "average"] = "max"
     dropout: Rate = 0.0
     head_from: Literal["flatten", "global_average", "global_max"] = "flatten"
@@ -192,20 +206,20 @@ class Cnn(Network):
 class Stem(Section):
     """What a residual network starts with: one convolution, normalised, and max pooling (`pool: 1` pools nothing)."""
 
-    filters: Positive = 64
-    kernel: Positive = 7
-    stride: Positive = 2
-    pool: Positive = 1
-    pool_stride: Positive = 2
+    filters: Width = 64
+    kernel: Pixels = 7
+    stride: Pixels = 2
+    pool: Pixels = 1
+    pool_stride: Pixels = 2
 
 
 class Stage(Section):
     """So many residual blocks of two 3×3 convolutions; the first block has the stride, and a 1×1 projection beside it
     where the stride or the number of filters changes the shape."""
 
-    filters: Positive
-    blocks: Positive = 2
-    stride: Positive = 1
+    filters: Width
+    blocks: Repeats = 2
+    stride: Pixels = 1
 
 
 class Resnet(Network):
@@ -214,7 +228,7 @@ class Resnet(Network):
     builder: Literal["resnet"]
     stem: Stem = Stem()
     stages: dict[str, Stage] = Field(min_length=1)
-    features_pool: Positive = 1
+    features_pool: Pixels = 1
     head_from: Literal["flatten", "global_average", "global_max"] = "global_average"
     features_dropout: Rate = 0.0
     any_size: bool = False
@@ -315,9 +329,9 @@ class Train(Section):
     weigh the training pictures' losses by class, `balanced` so that all classes weigh the same. `threads` is the
     number of CPU threads of a cell: results depend on it."""
 
-    epochs: Positive = 10
-    batch_size: Positive = 32
-    steps_per_epoch: Positive | None = None
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    steps_per_epoch: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     optimizer: Optimizer = Optimizer()
     loss: str = "categorical_crossentropy"
     label_smoothing: Rate = 0.0
@@ -333,7 +347,7 @@ class Train(Section):
         ]
         | None
     ) = None
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
 
 
 class Reported(Section):
@@ -371,7 +385,7 @@ class Finetune(Section):
     """The second phase: what is done with the selected variant, each a patch of it as variants are of the base."""
 
     select: Select = Select()
-    variants: dict[str, Any] = {}
+    variants: Annotated[dict[str, Any], Field(max_length=MOST_VARIANTS)] = {}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -385,9 +399,9 @@ class File(Section):
     input: dict[str, Any] = {}
     model: dict[str, Any]
     train: dict[str, Any] = {}
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
     finetune: Finetune = Finetune()
-    variants: dict[str, Any] = Field(min_length=1)
+    variants: dict[str, Any] = Field(min_length=1, max_length=MOST_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -413,7 +427,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Params:
-    """A valid study. `variants` is in the order of the file.
+    """A valid study. `variants` is in the order of the file, which `file` names in messages.
 
     `second` holds the second phase, if there is one: for each variant that may be selected, what its variants are then.
     """
@@ -423,6 +437,7 @@ class Params:
     seeds: list[int]
     variants: dict[str, Variant]
     second: dict[str, dict[str, Variant]]
+    file: str = "params.yaml"
 
     @property
     def baseline(self) -> Variant:
@@ -459,21 +474,19 @@ def read(path: Path) -> tuple[Any, str]:
         LabError: when it is missing, or no YAML.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise LabError(f"{path}: Expected the parameters of a study. Found: no file.")
+        if path.stat().st_size > 4 * study_file.MOST_BYTES:
+            raise LabError(f"{path}: Expected the parameters of a study. Found: {path.stat().st_size:,} bytes.")
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise LabError(
             f"{path}: Expected the parameters of a study. Found: no such file. "
             "Go to the folder that holds dvc.yaml, or make one current with `ablab use STUDY`."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabError(f"{path}: Expected a text file in UTF-8. Found: {error}") from None
-    try:
-        return YAML(typ="safe", pure=True).load(io.StringIO(text)), text
-    except MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise LabError(f"{path}{line}: Expected valid YAML 1.2. Found: {error.problem}") from None
-    except (YAMLError, ValueError) as error:
-        raise LabError(f"{path}: Expected valid YAML 1.2. Found: {error}") from None
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError, as is what isn't UTF-8
+        raise LabError(f"{path}: Expected a text file in UTF-8. Found: {error}.") from None
+    return study_file.parse(text, str(path)), text
 
 
 def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
@@ -493,6 +506,7 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     if whole and whole.data.pictures and whole.data.dataset != "image_folder":
         expected = "nothing, since only an image_folder can hold others than are expected"
         problems.add(("data", "pictures"), expected, whole.data.pictures)
+    _check_plain(raw, (), problems)
     problems.raise_if_any()  # variants are checked once the base is right: its mistakes are theirs too
     assert whole is not None
 
@@ -502,7 +516,13 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
         if variant:
             variants[name] = variant
     problems.raise_if_any()  # nor is the second phase checked before the first is right
-    for name in _candidates(whole, problems):
+    candidates = _candidates(whole, problems)
+    if len(candidates) * len(whole.finetune.variants) > MOST_PLANS:
+        expected = f"at most {MOST_PLANS:,} plans, a variant of it for each one that may be selected"
+        found = len(candidates) * len(whole.finetune.variants)
+        problems.add(("finetune", "variants"), expected, found)
+        problems.raise_if_any()
+    for name in candidates:
         selected = {key: merge_patch(base[key], (raw["variants"][name] or {}).get(key, {})) for key in PATCHED}
         second[name] = {
             one: variant
@@ -512,7 +532,7 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     if len(set(raw["seeds"])) < len(raw["seeds"]):
         problems.add(("seeds",), "each seed once", raw["seeds"])
     problems.raise_if_any()
-    return Params(whole.study, whole.data, whole.seeds, variants, second)
+    return Params(whole.study, whole.data, whole.seeds, variants, second, file)
 
 
 def _candidates(whole: File, problems: "_Problems") -> list[str]:
@@ -521,7 +541,7 @@ def _candidates(whole: File, problems: "_Problems") -> list[str]:
     among = known if whole.finetune.select.among == "all" else whole.finetune.select.among
     for name in among:
         if name not in known:
-            problems.add(("finetune", "select", "among"), f"some of the variants: {', '.join(known)}", name, known)
+            problems.add(("finetune", "select", "among"), f"some of the variants: {listed(known)}", name, known)
     if not among:
         problems.add(("finetune", "select", "among"), "one variant at least", [])
     return [name for name in among if name in known] if whole.finetune.variants else []
@@ -606,7 +626,7 @@ def _variant(
     others = [*raw["variants"], *(raw["finetune"]["variants"] if selected else ())]
     if patch.compared_with is not None and (patch.compared_with not in others or patch.compared_with == name):
         others.remove(name)
-        problems.add((*here, "compared_with"), f"another variant: {', '.join(others)}", patch.compared_with, others)
+        problems.add((*here, "compared_with"), f"another variant: {listed(others)}", patch.compared_with, others)
     for section in PATCHED:
         _check_removals(base[section], changes[section], (*here, section), problems)
     merged = {key: merge_patch(base[key], changes[key]) for key in PATCHED}
@@ -624,7 +644,7 @@ def _check_removals(base: Any, patch: Any, here: tuple, problems: "_Problems") -
         inside = base.get(key) if isinstance(base, dict) else None
         if value is None and inside is None:
             known = list(base) if isinstance(base, dict) else []
-            problems.add((*here, key), f"something to remove: {', '.join(map(str, known)) or 'nothing'}", key, known)
+            problems.add((*here, key), f"something to remove: {listed(known) or 'nothing'}", key, known)
         elif isinstance(value, dict):
             _check_removals(inside, value, (*here, key), problems)
 
@@ -669,14 +689,77 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
     if train is not None and getattr(network, "output", "") == "sigmoid" and "categorical" in train.loss.lower():
         expected = "a loss of one probability, such as binary_crossentropy, as model.output is sigmoid"
         problems.add(place(("train", "loss")), expected, train.loss)
+    layers = 0
     for part in ("blocks", "head", "stages") if isinstance(network, Network) else ():
-        for key in getattr(network, part, {}):
+        for key, layer in getattr(network, part, {}).items():
+            layers += _repeats(network, layer)
             if not SLUG.fullmatch(str(key)):
                 expected = "a layer's name of letters, digits, - and _, a letter first"
                 problems.add(place(("model", part, key)), expected, key)
+    if layers > MOST_LAYERS:
+        problems.add(place(("model",)), f"a network of at most {MOST_LAYERS:,} layers with weights", layers)
     if checked_input is None or network is None or train is None:
         return None
+    _check_sizes(checked_input.augment, ("input", "augment"), place, problems)
     return checked_input, network, train
+
+
+def _repeats(network: Network | Custom | None, layer: Any) -> int:
+    """How many layers with weights a component stands for."""
+    if isinstance(network, Cnn) and isinstance(layer, BlockSettings):
+        return layer.convolutions or network.convolutions
+    return 2 * layer.blocks if isinstance(layer, Stage) else 1
+
+
+def _check_sizes(value: Any, here: tuple, place, problems: "_Problems") -> None:
+    # An argument of an augmentation is a share, a brightness, or a number of pixels.
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            if key != "seed":
+                _check_sizes(inside, (*here, key), place, problems)
+    elif isinstance(value, list):
+        for number, inside in enumerate(value):
+            _check_sizes(inside, (*here, number), place, problems)
+    elif isinstance(value, int | float) and abs(value) > LONGEST_SIDE:
+        problems.add(place(here), f"a number of at most {LONGEST_SIDE}", value)
+
+
+def _check_plain(value: Any, here: tuple, problems: "_Problems") -> None:
+    """Whether a value can be written down as JSON and come back: what YAML knows beyond that is no setting, and
+    nobody's numbers are without end."""
+    if here in problems.places:
+        return
+    match value:
+        case None | bool():
+            return
+        case str() if len(value) > LONGEST_TEXT:
+            problems.add(here, f"a text of at most {LONGEST_TEXT:,} characters", f"{len(value):,} of them")
+        case str() if unfit := _control_characters(value):
+            problems.add(here, "a text without control characters", unfit[0])
+        case int() if abs(value) >= LARGEST_NUMBER:
+            problems.add(here, "a whole number of at most 64 bits", value)
+        case float() if not math.isfinite(value):
+            problems.add(here, "a finite number", value)
+        case str() | int() | float():
+            return
+        case dict():
+            for key, inside in value.items():
+                if isinstance(key, str):
+                    _check_plain(key, (*here, key), problems)
+                else:
+                    problems.add((*here, key), "a text as the name, in quotes", key)
+                _check_plain(inside, (*here, key), problems)
+        case list():
+            for number, inside in enumerate(value):
+                _check_plain(inside, (*here, number), problems)
+        case _:
+            expected = "a text (a date in quotes), a number, true, false, null, a list or a mapping"
+            problems.add(here, expected, value)
+
+
+def _control_characters(text: str) -> list[str]:
+    """What would move a terminal's cursor, or can't be written as UTF-8; line ends and tabs may stand in a text."""
+    return [one for one in text if unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t"]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -709,8 +792,7 @@ def _check_names(raw: dict, problems: "_Problems") -> None:
             seen[name.lower()] = name
     baseline = raw["study"].get("baseline") if isinstance(raw.get("study"), dict) else None
     if isinstance(baseline, str) and baseline not in variants:
-        names = [str(name) for name in variants]
-        problems.add(("study", "baseline"), f"one of the variants: {', '.join(names)}", baseline, names)
+        problems.add(("study", "baseline"), f"one of the variants: {listed(variants)}", baseline, list(variants))
 
 
 class _Problems:
@@ -719,14 +801,15 @@ class _Problems:
     def __init__(self, file: str, text: str):
         self.file, self.text = file, text
         self.lines: dict[str, None] = {}
+        self.places: set[tuple] = set()
 
     def add(self, loc: tuple, expected: str, found: Any, valid: list | None = None) -> None:
-        near = difflib.get_close_matches(str(found), [str(one) for one in valid or []], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        where = ".".join(str(key) for key in loc) or "the file"
-        shown = json.dumps(found, default=str, skipkeys=True)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        self.lines[f"{self.file}{self._line(loc)}: {where}: Expected {expected}. Found: {shown}.{hint}"] = None
+        known = {str(one).lower(): one for one in valid or []}
+        near = difflib.get_close_matches(str(found)[:100].lower(), known, n=1, cutoff=0.5)
+        hint = f" Did you mean {dotted((known[near[0]],))}?" if near else ""
+        where = f"{self.file}{self._line(loc)}: {dotted(loc)}"
+        self.places.add(loc)
+        self.lines[f"{where}: Expected {expected}. Found: {shown(found)}.{hint}"] = None
 
     def check(self, kind: type[Section], value: Any, here: tuple, place=lambda loc: loc):
         """The section, or None with its mistakes noted. `place` maps a place in the merged settings to the file's."""
@@ -734,8 +817,9 @@ class _Problems:
             return kind.model_validate(value)
         except ValidationError as error:
             alternatives: dict[tuple, list[ErrorDetails]] = {}
-            for detail in error.errors():
-                alternatives.setdefault(_without_types(detail["loc"]), []).append(detail)
+            for detail in error.errors(include_url=False):
+                loc = _in_file(detail["loc"], value, detail["type"] == "missing")
+                alternatives.setdefault(loc, []).append(detail)
             for loc, details in alternatives.items():
                 self._add_details(kind, loc, details, place((*here, *loc)))
             return None
@@ -754,20 +838,17 @@ class _Problems:
 
     def raise_if_any(self) -> None:
         if self.lines:
-            raise LabError("\n       ".join(self.lines))
+            told = list(self.lines)[:MOST_MISTAKES]
+            more = len(self.lines) - len(told)
+            raise LabError("\n       ".join(told + ([f"{self.file}: and {more:,} more like these"] if more else [])))
 
     def _line(self, loc: tuple) -> str:
-        if not self.text:
-            return ""
-        node: Any = YAML(typ="rt").load(self.text)
-        line = None
-        for key in loc:
-            try:
-                line = (node.lc.key if hasattr(node, "keys") else node.lc.item)(key)[0]
-                node = node[key]
-            except (KeyError, AttributeError, TypeError, IndexError):
-                break
-        return "" if line is None else f", line {line + 1}"
+        line = self._places.of(loc)
+        return "" if line is None else f", line {line}"
+
+    @cached_property
+    def _places(self) -> study_file.Lines:
+        return study_file.find_lines(self.text)
 
 
 def _expectation(message: str) -> str:
@@ -777,9 +858,22 @@ def _expectation(message: str) -> str:
     return re.sub(r"valid dictionary.*", "mapping of names to values", message)
 
 
-def _without_types(loc: tuple) -> tuple:
-    """pydantic puts the kinds of union members (`constrained-float`, `list[str]`) into a place; no user wrote them."""
-    return tuple(key for key in loc if isinstance(key, int) or not re.search(r"^constrained-|^float$|\[|^<", str(key)))
+def _in_file(loc: tuple, value: Any, missing: bool) -> tuple:
+    """A place without what pydantic puts into it: the kinds of union members (`constrained-float`, `<word>`), `[key]`.
+
+    Args:
+        value: what was checked; all that the user wrote is in there.
+        missing: whether the last part is a key that should be there.
+    """
+    kept = []
+    for position, key in enumerate(loc):
+        there = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if key in there:
+            value = value[key]
+        elif not (missing and position == len(loc) - 1):
+            continue
+        kept.append(key)
+    return tuple(kept)
 
 
 def _section_at(kind: type[Section], loc: tuple) -> type[Section]:

@@ -4,7 +4,8 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ MACS_A_SECOND = 5e9
 SECONDS_A_WEIGHT = 4e-9  # of a step, for the optimizer to go through a trained weight and what it remembers of it
 
 
+# A training needs room for each weight four times: itself, its gradient, two moments of its optimizer's.
+MOST_WEIGHTS = 10**9
+SMALL_PICTURE = 512 * 512 * 3
+
 Facts = dict[str, Any]
 
 
@@ -40,7 +45,7 @@ def check_names(study: Params, classes: list[str]) -> None:
         try:
             optimization.class_weights(variant.train.class_weights, classes, np.zeros(0, np.int64))
         except LabError as error:
-            raise LabError(f"{variant.name}: {error}") from None
+            raise LabError(f"{study.file}: variants.{variant.name}: {error}") from None
 
 
 def describe(
@@ -98,7 +103,6 @@ class _Describer:
         start = _shapes(self._network(selected[0])) if selected else None
         for name, variant in variants.items():
             try:
-                json.dumps(variant.resolved(), allow_nan=False)
                 network = self._network(variant)
                 if start not in (None, _shapes(network)):
                     raise LabError(
@@ -108,11 +112,11 @@ class _Describer:
                 found[name] = self._facts(name, variant, network, fingerprints, selected)
             except LabError as error:
                 problems.setdefault(str(error), []).append(name)
-            except (TypeError, ValueError) as error:
-                problems.setdefault(f"Expected numbers, texts, lists and mappings. Found: {error}.", []).append(name)
         if problems:
             # What is wrong in the base is wrong in every variant, and said once.
-            raise LabError("\n       ".join(f"{where}.{', '.join(names)}: {text}" for text, names in problems.items()))
+            file = self.study.file
+            told = [f"{file}: {where}.{', '.join(names)}: {text}" for text, names in problems.items()]
+            raise LabError("\n       ".join(told))
         return found
 
     def _network(self, variant: Variant) -> keras.Model:
@@ -363,8 +367,8 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
         return tuple(card["image_shape"]), card["classes"], counts["train"], sum(counts.values()), card["digest"]
     if known is None:
         raise LabError(
-            "data: Expected pictures that are preprocessed with these settings, since only they tell their classes. "
-            "Found: none. Run `dvc repro preprocess` first."
+            f"{study.file}: data: Expected pictures that are preprocessed with these settings, since only they tell "
+            "their classes. Found: none. Run `dvc repro preprocess` first."
         )
     split = study.data.split
     counts = known.counts
@@ -554,40 +558,106 @@ def _change(difference: dict[str, Any]) -> str:
 def _build(
     variant: Variant, image_shape: tuple[int, int, int], classes: int, backbone: keras.Model | None = None
 ) -> keras.Model:
-    """Build a network, and use once everything of Keras' that is only named in the study: what would stop a training
-    after hours of others stops the plan."""
+    """Build a network without its weights, and use once everything of Keras' that is only named in the study: what
+    would stop a training after hours of others stops the plan."""
     chosen = variant.resolved()
     keras.utils.clear_session()  # layers that name themselves have the same names in every variant
-    try:
-        # A network for pictures of any size is sized at that of the data.
-        model = chosen["model"] | {"any_size": False}
-        network = models.build(model, chosen["input"]["rescale"], image_shape, classes, backbone)
-        pictures = np.zeros((2, *image_shape), np.uint8)
-        if ":" in model["builder"]:
+    # A network for pictures of any size is sized at that of the data.
+    model = chosen["model"] | {"any_size": False}
+    with _told_of("model"):
+        network = _without_weights(model, chosen["input"]["rescale"], image_shape, classes, backbone)
+        if ":" in model["builder"]:  # what a function of the user's makes is used, too
+            network = models.build(model, chosen["input"]["rescale"], image_shape, classes)
             custom.check(network, image_shape, classes, model["builder"])
             if chosen["model"]["any_size"]:
                 models.build(chosen["model"], chosen["input"]["rescale"], image_shape, classes)
+        elif "initializer" in model:
+            _check_initializer(network, model["initializer"])
+    with _told_of("input.augment"):
         for layer in optimization.augmentation(chosen["input"]["augment"]):
-            changed = layer(pictures, training=True)
-            if tuple(changed.shape) != pictures.shape:
-                name, shape = type(layer).__name__, "×".join(map(str, changed.shape[1:]))
-                raise LabError(f"input.augment.{name}: Expected pictures of the same shape. Found: {shape}.")
+            _check_augmentation(layer, image_shape)
+    with _told_of("train.optimizer"):
         optimizer = optimization.optimizer(chosen["train"]["optimizer"])
         weight = keras.Variable(np.zeros((2, 2), np.float32))
         optimizer.apply([np.ones((2, 2), np.float32)], [weight])
+    with _told_of("train.loss"):
         output, labels = models.output(model), np.zeros(2, np.int32)
-        given = {"number": labels, "one_hot": np.eye(classes, dtype=np.float32)[labels], "second": labels[:, None]}
+        one_hot = np.zeros((2, classes), np.float32)
+        one_hot[:, 0] = 1
+        given = {"number": labels, "one_hot": one_hot, "second": labels[:, None]}
         loss = optimization.loss(chosen["train"], output)
         predicted = np.full((2, 1 if output == "sigmoid" else classes), 1 / classes, np.float32)
         value = loss(given[optimization.label_form(chosen["train"], output)], predicted)
         if tuple(value.shape):
             raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
+    return network
+
+
+@contextmanager
+def _told_of(place: str) -> Iterator[None]:
+    """Whatever Keras or TensorFlow make of a value that only they know, as a mistake at this place of the study."""
+    try:
+        yield
     except LabError:
         raise
-    except Exception as error:  # whatever Keras or TensorFlow make of a value that only they know
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise LabError(f"Expected settings that Keras takes. Found: {type(error).__name__}: {reason}") from error
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+        raise LabError(
+            f"{place}: Expected settings that Keras takes. Found: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _without_weights(
+    model: dict[str, Any],
+    rescale: str,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    backbone: keras.Model | None,
+) -> keras.Model | None:
+    """Build a network whose weights take no memory, which is all that a plan needs: shapes.
+
+    Returns:
+        None where a function of the user's can't do without their values.
+
+    Raises:
+        LabError: where there would be more weights than a machine has room for.
+    """
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            network = models.build(model, rescale, image_shape, classes, backbone)
+    except Exception:
+        if ":" not in model["builder"]:
+            raise
+        return None  # the building that follows tells what is wrong, if it is
+    finally:
+        keras.utils.clear_session()  # Keras would fill these weights at the next opportunity
+    found = network.count_params()
+    if found > MOST_WEIGHTS:
+        most = max(network.layers, key=lambda layer: layer.count_params())
+        raise LabError(
+            f"model: Expected a network of at most {MOST_WEIGHTS:,} weights. Found: {found:,}, most in the layer "
+            f"{most.name}. Use fewer filters or units, smaller pictures, more pooling, or head_from: global_average."
+        )
     return network
+
+
+def _check_initializer(network: keras.Model, name: str) -> None:
+    """Some initializers work on matrices alone: each kernel is filled, in small."""
+    for layer in network.layers:
+        for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel"):
+            if (weight := getattr(layer, attribute, None)) is not None:
+                keras.initializers.get(name)([min(size, 2) for size in weight.shape])
+
+
+def _check_augmentation(layer: keras.layers.Layer, image_shape: tuple[int, int, int]) -> None:
+    """Use a layer on two pictures of this shape; on large ones by their shape alone, which takes no memory."""
+    shape = (2, *image_shape)
+    small = math.prod(image_shape) <= SMALL_PICTURE
+    pictures = np.zeros(shape, np.uint8) if small else keras.KerasTensor(shape, "uint8")
+    changed = layer(pictures, training=True)
+    if tuple(changed.shape) != shape:
+        found = "×".join(map(str, changed.shape[1:]))
+        raise LabError(f"input.augment.{type(layer).__name__}: Expected pictures of the same shape. Found: {found}.")
 
 
 def _fingerprint(network: keras.Model, variant: Variant) -> str:

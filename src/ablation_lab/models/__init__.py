@@ -1,13 +1,14 @@
 """Networks: one file a builder, found by its name in `model.builder`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_lab import cell
+from ablation_lab import cell, files
 from ablation_lab.backend import keras
 from ablation_lab.models import cnn, custom, mlp, resnet, transfer
-from ablation_lab.models.layers import INPUT, RESCALE, NetworkError, apply, kernel
+from ablation_lab.models.layers import INPUT, RESCALE, NetworkError, apply, kernel, reason
 
 __all__ = ["BUILDERS", "NetworkError", "build", "load", "output", "trained"]
 
@@ -97,9 +98,24 @@ def trained(network: keras.Model, model: dict[str, Any]) -> keras.Model:
 
 
 def load(folder: Path, builder: str) -> keras.Model:
-    """The network of a finished cell, with its weights; `builder` is the one that its plan names."""
+    """The network of a finished cell, with its weights; `builder` is the one that its plan names.
+
+    Raises:
+        NetworkError: when Keras can't read them, or would have to run code that they hold.
+    """
     if ":" in builder:
         custom.find(builder)  # its module makes layers of the user's known to Keras
-    network = keras.models.model_from_json((folder / cell.ARCHITECTURE).read_text(encoding="utf-8"))
-    network.load_weights(folder / cell.WEIGHTS)
+    path = folder / cell.ARCHITECTURE
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        network = keras.saving.deserialize_keras_object(described, safe_mode=True)
+        path = folder / cell.WEIGHTS
+        network.load_weights(path)
+    except FileNotFoundError:
+        raise files.missing(path) from None
+    except Exception as error:  # Keras tells in many ways that a file isn't what it has written
+        raise NetworkError(
+            f"{path}: Expected what Keras has written, without code in it. Found: {reason(error)} "
+            "Delete its folder; `dvc repro` brings it back, from DVC's cache or trained anew."
+        ) from error
     return network

@@ -45,7 +45,7 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
         raise NetworkError(f"model: Expected {_arguments(function, builder)}. Found: {error}.") from None
     try:
         built = function(tuple(image_shape), classes, **settings)
-    except Exception as error:  # it is the user's code: whatever it raises is told with its place there
+    except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is told with its place there
         raise NetworkError(f"model.builder {builder}: Expected a network. Found: {_told(error)}") from error
     if not isinstance(built, keras.Model):
         raise NetworkError(f"model.builder {builder}: Expected a keras.Model. Found: {type(built).__name__}.")
@@ -91,7 +91,7 @@ def find(builder: str) -> Callable[..., Any]:
     module_name, _, function_name = builder.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise NetworkError(
             f"model.builder: Expected a module that can be imported, such as {FOLDER}.mine for {FOLDER}/mine.py. "
             f"Found: {module_name}: {_told(error)}"
@@ -142,7 +142,7 @@ def _arguments(function: Callable[..., Any], builder: str) -> str:
     return f"an argument of {builder}: {', '.join(names) or 'it takes none'}"
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """An error in the user's words: its type, its first line, and the last place in a file that isn't a library's."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]

@@ -52,7 +52,7 @@ def wanted(model: dict[str, Any]) -> Wanted | None:
             known = {**known, "hash": digest(path, "sha256") if path else None}
         return known
     places = [files.root() / model["weights"], *_known_places(Path(model["weights"]).name)]
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if _is_file(place)), None)
     if path is None:
         raise NetworkError(
             f"model.weights: Expected imagenet, or a file in one of {', '.join(map(str, places))}. "
@@ -129,6 +129,13 @@ def digest(path: Path, algorithm: str) -> str:
     """A file's hash as `algorithm:hexadecimal`."""
     with path.open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def keras_folder() -> Path:

@@ -145,10 +145,10 @@ def gather(study: Params, root: Path) -> Material:
             "Run `dvc repro`."
         )
     try:
-        images = np.load(root / "data/processed/images.npy", mmap_mode="r")
-        labels = np.load(root / "data/processed/labels.npy")
-        parts = {part: np.load(root / f"data/processed/{part}.npy") for part in ("train", "test")}
-        flags = np.load(root / "evaluation/correct.npy")
+        images = np.load(root / "data/processed/images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(root / "data/processed/labels.npy", allow_pickle=False)
+        parts = {part: np.load(root / f"data/processed/{part}.npy", allow_pickle=False) for part in ("train", "test")}
+        flags = np.load(root / "evaluation/correct.npy", allow_pickle=False)
         curves = pd.read_csv(
             root / "evaluation/curves.csv",
             dtype={"variant": str},
@@ -283,7 +283,7 @@ def _wrong_answers(
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise files.missing(path) from None

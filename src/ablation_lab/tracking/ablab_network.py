@@ -16,7 +16,7 @@ def _load_pyfunc(path, settings=None):
         importlib.import_module(settings["module"])
     import keras
 
-    return Network(keras.saving.load_model(path, compile=False))
+    return Network(keras.saving.load_model(path, compile=False, safe_mode=True))
 
 
 class Network:
