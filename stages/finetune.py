@@ -2,10 +2,12 @@
 
 import sys
 
-from ablation_lab import errors, training
+from ablation_lab import errors
 
 
 def main(variant: str, seed: int) -> None:
+    from ablation_lab import training
+
     training.run_cell(variant, seed)
 
 

@@ -78,13 +78,27 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill that gets its name only when the block ends well; until then, what has that name stays."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    """A folder to fill that gets its name only when the block ends well; until then, what has that name stays.
+
+    It stays too when the process is stopped while the one replaces the other: that is two renames, and the first is
+    taken back.
+    """
+    part, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed in between
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        part.mkdir(parents=True)
         yield part
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         part.rename(folder)
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # not told by who writes to a file that is open
+        raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
