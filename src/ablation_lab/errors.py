@@ -37,6 +37,7 @@ NO_MEMORY = re.compile(r"OOM|out.of.memory|Dst tensor is not initialized|failed 
 SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
 )
+WRITING = "while writing "  # a note of `files.whole` on an error of the operating system's, with the folder
 KEPT = "What was finished is kept, and the same command goes on from there."
 
 
@@ -92,10 +93,11 @@ def explanation(error: BaseException) -> str | None:
         number = _number(one)
         if number not in REFUSED or (one is not error and number not in DISK):
             continue
-        place = getattr(one, "filename", None) or getattr(error, "filename", None)
-        if place is None and number in (errno.EACCES, errno.EPERM):
-            continue  # not about a file
-        place = Path(os.fsdecode(place)) if isinstance(place, str | bytes | os.PathLike) else Path.cwd()
+        place = _place(one) or _place(error)
+        if place is None:
+            if number in (errno.EACCES, errno.EPERM):
+                continue  # not about a file
+            place = Path.cwd()
         expected, remedy = REFUSED[number]
         free = f" ({_free(place) / 1e6:,.1f} MB are free)" if number in FULL else ""
         return f"{place}: Expected {expected}. Found: {os.strerror(number)}{free}. {remedy}. {KEPT}"
@@ -125,6 +127,14 @@ def _number(error: BaseException) -> int | None:
         return errno.ENOSPC
     told = NUMBER.search(str(error))
     return int(told[1] or told[2]) if told else None
+
+
+def _place(error: BaseException) -> Path | None:
+    named = getattr(error, "filename", None)
+    if isinstance(named, str | bytes | os.PathLike):
+        return Path(os.fsdecode(named))
+    notes = getattr(error, "__notes__", [])
+    return next((Path(note.removeprefix(WRITING)) for note in notes if note.startswith(WRITING)), None)
 
 
 def _free(place: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import platformdirs
 
+from ablation_lab import errors
 from ablation_lab.errors import LabError
 
 
@@ -94,8 +95,8 @@ def whole(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-    except OSError as error:
-        error.filename = error.filename or str(folder)  # not told by who writes to a file that is open
+    except Exception as error:
+        error.add_note(f"{errors.WRITING}{folder}")  # who writes to a file that is open doesn't tell which
         raise
     finally:
         if old.exists() and not folder.exists():
