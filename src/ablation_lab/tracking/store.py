@@ -166,4 +166,7 @@ def explained() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """An error's kind and the line that says most: what the database has said, where there is one."""
+    lines = str(error).splitlines() or [""]
+    said = next((line for line in lines if line.startswith("(sqlite3.")), lines[0])
+    return f"{type(error).__name__}: {said}"[:300]
