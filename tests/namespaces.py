@@ -9,15 +9,15 @@ import pytest
 
 
 @cache
-def _allowed() -> bool:
+def allowed(*command: str) -> bool:
+    """Whether `unshare` may be called with these arguments."""
     if shutil.which("unshare") is None:
         return False
-    tried = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return subprocess.run(tried, capture_output=True, check=False).returncode == 0
+    return subprocess.run(["unshare", *command], capture_output=True, check=False).returncode == 0
 
 
 def _mounted(script: str, *values: str) -> tuple[str, ...]:
-    if not _allowed():
+    if not allowed("--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"):
         pytest.skip("this machine allows no mounts of one's own")
     return ("unshare", "--map-root-user", "--mount", "sh", "-ec", script, "sh", *values)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from namespaces import full_disk, read_only
+from namespaces import allowed, full_disk, read_only
 
 from ablation_lab import errors, files
 
@@ -85,6 +85,7 @@ def test_a_folder_that_is_read_only_is_told(place: Path):
     [
         ("-f 1", "open('out/a', 'wb').write(bytes(10_000))", "Found: File too large. Raise the limit (`ulimit -f"),
         ("-n 20", "kept = [open('/dev/null') for _ in range(30)]", "/dev/null: Expected to be allowed one open file"),
+        ("-c 0", "open('/proc/self/mem', 'rb').read(1)", "Expected a disk that works. Found: Input/output error. See"),
         ("-v 3000000", "bytearray(10**10)", "memory: Expected more of it. Found: none left. End other programs"),
         (
             "-v 3000000",
@@ -98,6 +99,16 @@ def test_a_limit_of_the_system_is_told(place: Path, limit: str, line: str, messa
     done = run(place, "sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *code(script))
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 2, done.stderr
+
+
+def test_a_file_of_someone_elses_is_told(place: Path):
+    if not allowed("--user", "true"):
+        pytest.skip("this machine allows no users of one's own")
+    (place / "secret").touch(mode=0)
+    script = "from ablation_lab import errors\nwith errors.explained(): open('secret')"
+    done = run(place, "unshare", "--user", *code(script))  # without the rights of root
+    assert done.returncode == 1
+    assert "error: secret: Expected the permission to use it. Found: Permission denied. Change its own" in done.stderr
 
 
 def test_what_the_user_can_do_nothing_about_keeps_its_traceback(place: Path):
