@@ -1,7 +1,8 @@
 """One thin script a stage, run by dvc.yaml as `python -m stages.NAME` from the project's root.
 
 Stages import the library that lies beside them rather than an installed copy: DVC's temporary experiments are checkouts
-of their own, and their code must be the code that runs.
+of their own, and their code must be the code that runs. A stage imports what it needs inside `main`: libraries take
+seconds, in which Ctrl-C must end it as cleanly as later on.
 """
 
 import importlib.util

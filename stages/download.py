@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from ablation_lab import datasets, errors, params
+from ablation_lab import errors
 
 RAW, SOURCE = Path("data/raw"), Path("data/source")
 
 
 def main() -> None:
+    from ablation_lab import datasets, params
+
     data = params.load().data
     datasets.download(data, RAW)
     datasets.point_to_source(data, SOURCE)

@@ -1,9 +1,11 @@
 """Predictions of all cells → `evaluation/`."""
 
-from ablation_lab import errors, evaluation, params, selection
+from ablation_lab import errors
 
 
 def main() -> None:
+    from ablation_lab import evaluation, params, selection
+
     evaluation.evaluate(selection.both_phases(params.load()))
 
 

@@ -2,10 +2,12 @@
 
 import sys
 
-from ablation_lab import errors, runner
+from ablation_lab import errors
 
 
 def main(variant: str, seed: int) -> None:
+    from ablation_lab import runner
+
     runner.run_cell(variant, seed)
 
 

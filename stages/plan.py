@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
-from ablation_lab import backend, errors, files, params, plan
+from ablation_lab import errors
 
 
 def main() -> None:
+    from ablation_lab import backend, files, params, plan
+
     study = params.load()
     backend.use_cpu_only()
     card = files.read_json(Path("data/processed/card.json"))

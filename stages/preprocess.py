@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from ablation_lab import errors, files, params
-from ablation_lab.preprocess import PARTS, preprocess
+from ablation_lab import errors
 
 OUT = Path("data/processed")
 
 
 def main() -> None:
+    from ablation_lab import files, params
+    from ablation_lab.preprocess import PARTS, preprocess
+
     preprocess(params.load().data, Path("data/raw"), OUT)
     card = files.read_json(OUT / "card.json")
     counts = ", ".join(f"{part} {card['counts'][part]}" for part in PARTS)

@@ -1,9 +1,11 @@
 """Validation results of the first phase → `selection/`: the variant that goes on, and the second phase's plans."""
 
-from ablation_lab import errors, params, selection
+from ablation_lab import errors
 
 
 def main() -> None:
+    from ablation_lab import params, selection
+
     choice = selection.select(params.load())
     if choice["variant"] is None:
         print("This study has one phase.")

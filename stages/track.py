@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from ablation_lab import errors, files
-from ablation_lab.tracking import mirror
+from ablation_lab import errors
 
 
 def main() -> None:
+    from ablation_lab import files
+    from ablation_lab.tracking import mirror
+
     receipt = mirror.sync()
     files.write_json(Path("mlruns/receipt.json"), receipt)
     print(f"{len(receipt)} cells are in MLflow: `ablab ui` shows them")

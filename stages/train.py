@@ -2,10 +2,12 @@
 
 import sys
 
-from ablation_lab import cell, errors, runner
+from ablation_lab import errors
 
 
 def main(variant: str, seed: int) -> None:
+    from ablation_lab import cell, runner
+
     result = runner.run_cell(variant, seed)
     cell.write_validation(variant, seed, result)
 

@@ -1,10 +1,13 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, run
 from filelock import FileLock
+from namespaces import full_disk
 
 import one_thread  # noqa: F401  isort: skip
 from ablation_lab import backend, frozen, models, params
@@ -212,6 +215,30 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(LabError, match=r"Expected .* GB of free disk for features"):
         features(prefix())
+
+
+FILLED = """
+import numpy as np
+from ablation_lab import errors, frozen
+from ablation_lab.backend import keras
+frozen._make_room = lambda *_: None  # another process fills the disk right after this look at it
+pictures = keras.Input((64, 64, 3))
+prefix = keras.Model(pictures, keras.layers.Conv2D(8, 3)(pictures))
+with errors.explained():
+    frozen.features(prefix, np.zeros((200, 64, 64, 3), np.uint8), "digest", 1, "cell")
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_meanwhile_is_told_and_no_bus_error(tmp_path):
+    (tmp_path / "features").mkdir()
+    command = sys.executable, "-c", FILLED
+    place = {"DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
+    done = run(tmp_path, *full_disk(tmp_path / "features", 2000, *command), **place)
+    assert done.returncode == 1
+    assert f"error: {tmp_path}/features/" in done.stderr
+    assert ": Expected room on the disk. Found: No space left on device" in done.stderr
+    assert [path.suffix for path in (tmp_path / "features").iterdir()] == [".lock"]
 
 
 def test_a_limit_that_is_no_number_is_told(monkeypatch):

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -111,7 +110,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path):
         photographs(tmp_path / name / "project", long_study()) for name in ("undisturbed", "killed")
     )
     passed(run(undisturbed, "dvc", "repro"))
-    draw = random.Random(0)
+    draw = np.random.default_rng(0)
     before: dict[str, int] = {}
     output: list[str] = []
     for number, stage in enumerate(KILLS):

@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -17,6 +19,7 @@ import one_thread  # noqa: F401
 import pytest
 from conftest import agree, client_of, in_mlflow, passed, run
 from mlflow.tracking import MlflowClient
+from namespaces import full_disk, read_only
 from PIL import Image
 
 from ablation_lab import params, prediction
@@ -252,6 +255,95 @@ def test_a_sync_that_is_killed_is_finished_by_the_next_one(project: Path):
     client = client_of(project)
     found = runs.search(client, client.get_experiment_by_name("tiny").experiment_id)
     assert sorted(one.info.status for one in found) == ["FINISHED", "RUNNING"]
+    mirror.sync()
+    agree(project)
+
+
+def test_a_final_metric_counts_also_after_the_clock_was_put_back(project: Path):
+    receipt = mirror.sync()
+    tomorrow = int(1000 * time.time()) + 86_400_000
+    client_of(project).log_metric(receipt["baseline-0"], "test_accuracy", 0.25, tomorrow, 0)
+    scores = project / "evaluation/cells.json"
+    cells = json.loads(scores.read_text())
+    cells[0]["test"]["accuracy"] = 0.5
+    scores.write_text(json.dumps(cells))
+    mirror.sync()
+    assert in_mlflow(project)["baseline-0"].data.metrics["test_accuracy"] == 0.5
+
+
+def _told(project: Path, message: str) -> None:
+    """The store is not made to agree, what the files say is as it was, and afterwards all is well."""
+    with pytest.raises(LabError, match=message) as told:
+        mirror.sync()
+    assert str(told.value).endswith("Call `ablab sync` when it works again. Cells and reports are as they were.")
+
+
+def test_a_database_that_another_program_holds_is_told(project: Path):
+    with closing(sqlite3.connect(project / "mlruns/mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        _told(project, r"mlflow\.db: Expected MLflow's store\. Found: .*database is locked\. Another program writes")
+    mirror.sync()
+    agree(project)
+
+
+@pytest.mark.parametrize("place", [0, pytest.param(3 * 4096, marks=pytest.mark.slow)])
+def test_a_broken_database_is_told_and_made_again_from_the_files(project: Path, place: int):
+    database = project / "mlruns/mlflow.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with database.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 4096 * 60)
+    broken = database.read_bytes()
+    _told(project, r"(not a database|malformed)\. Put a copy of the file back, or move it away: it is made again from")
+    assert database.read_bytes() == broken  # it may be worth a repair
+    database.rename(project / "broken.db")
+    mirror.sync()
+    agree(project)
+
+
+KILLED_WRITER = """
+import os, sqlite3
+one = sqlite3.connect("mlruns/mlflow.db")
+one.execute("UPDATE tags SET value = 'from the database that was removed'")
+one.commit()
+os._exit(0)
+"""
+
+
+def test_what_a_killed_process_left_of_a_removed_database_is_not_played_into_the_new_one(project: Path):
+    passed(run(project, "python", "-c", KILLED_WRITER))
+    assert (project / "mlruns/mlflow.db-wal").stat().st_size > 0
+    (project / "mlruns/mlflow.db").unlink()
+    mirror.sync()
+    agree(project)
+
+
+def test_a_server_that_is_down_is_told(project: Path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", address)
+        _told(
+            project, rf"{address}: Expected MLflow's store\. Found: .*Start the server, or see what MLFLOW_TRACKING_URI"
+        )
+    mirror.sync()
+    agree(project)
+
+
+@pytest.mark.parametrize("disk", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
+def test_a_store_on_a_disk_that_takes_nothing_is_told(project: Path, disk: str):
+    store, command = project / "mlruns", ("python", "-m", "stages.track")
+    done = run(project, *(full_disk(store, 60, *command) if disk == "full" else read_only(store, *command)))
+    assert done.returncode == 1
+    message = {
+        "full": "database or disk is full. Remove files, or move the project to a larger disk.",
+        "read-only": "Make its folder writable (mount options, permissions).",
+    }
+    assert done.stderr.count("error: sqlite:///") == 1 and message[disk] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (store / "receipt.json").exists()  # so that `dvc repro` calls it again
     mirror.sync()
     agree(project)
 

@@ -207,6 +207,44 @@ def test_a_run_whose_process_is_gone_is_closed_with_its_epoch(root):
     assert by_name["variant-0"].data.tags["ablab.reason"] == "the process ended after epoch 1"
 
 
+def test_a_run_from_before_the_clock_was_put_back_does_not_end_before_it_starts(root):
+    over = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    begin(0, int(over.stdout))
+    tomorrow = int(1000 * time.time()) + 86_400_000
+    with closing(sqlite3.connect(root / "mlruns/mlflow.db")) as connection:
+        connection.execute("UPDATE runs SET start_time = ?", (tomorrow,))
+        connection.commit()
+    runs.close_orphans("study")
+    (closed,) = found(root)
+    assert (closed.info.status, closed.info.end_time) == ("KILLED", tomorrow)
+
+
+JUMPS = """
+import sys, time
+day = 86400
+known, time.time = time.time, lambda: known() + day
+sys.path.insert(0, {tests!r})
+from test_tracking import HISTORY, identity
+from ablation_lab.tracking import live
+with live.cell_run(identity()) as run:
+    run.epoch(HISTORY[0])
+    time.time = lambda: known() - day
+    run.epoch(HISTORY[1])
+"""
+
+
+def test_a_clock_that_is_put_back_in_mid_training_moves_no_times_of_its_run(root, monkeypatch):
+    passed(run(ROOT, "python", "-c", JUMPS.format(tests=str(ROOT / "tests")), DVC_ROOT=str(root)))
+    (logged,) = found(root)
+    assert (logged.info.status, logged.data.metrics["loss"]) == ("FINISHED", 1.0)
+    client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
+    times = [one.timestamp for one in client.get_metric_history(logged.info.run_id, "loss")]
+    assert [logged.info.start_time, *times, logged.info.end_time] == sorted(
+        [logged.info.start_time, *times, logged.info.end_time]
+    )
+    assert 0 <= logged.info.end_time - logged.info.start_time < 60_000
+
+
 def _train(seed: int) -> None:
     with live.cell_run(identity(seed)) as run:
         for row in HISTORY:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,16 @@ def compile_with_xla() -> bool | str:
     """Whether to compile steps with XLA: `auto` on a GPU; never on the CPU, where small networks get 2 to 4 times
     slower."""
     return "auto" if tf.config.list_physical_devices("GPU") else False
+
+
+def save_weights(network: keras.Model, path: Path) -> None:
+    """Write `.weights.h5` as Keras does, but in memory first: HDF5 that finds the disk full ends the process with a
+    segmentation fault."""
+    written = io.BytesIO()
+    store = saving_lib.H5IOStore(written, mode="w")
+    saving_lib._save_state(network, weights_store=store, assets_store=None, inner_path="", visited_saveables=set())
+    store.close()
+    path.write_bytes(written.getbuffer())
 
 
 def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:

@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
 
 
 def mend(root: Path) -> None:
-    """Remove DVC's list of locks where DVC was killed while it wrote it and left it empty: it can't be read any more."""
+    """Remove DVC's list of locks where DVC was killed while it wrote it and left it empty: nobody can read it then."""
     locks = root / ".dvc/tmp/rwlock"
     if locks.exists() and not locks.stat().st_size:
         locks.unlink()

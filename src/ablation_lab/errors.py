@@ -1,9 +1,44 @@
 """Errors that a user can act on, and how they end a command."""
 
+import errno
+import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+# What the operating system refuses: what was expected, and what the user can do.
+ROOM = ("room on the disk", "Remove files, or move the project to a larger disk")
+WRITABLE = ("a folder that can be written to", "Make it writable (mount options, owner, permissions)")
+PERMITTED = ("the permission to use it", "Change its owner or its permissions")
+OPEN_FILES = ("to be allowed one open file more", "Raise the limit (`ulimit -n 4096`)")
+REFUSED = {
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: ("to be allowed a file of this size", "Raise the limit (`ulimit -f unlimited`), or use another disk"),
+    errno.EROFS: WRITABLE,
+    errno.EACCES: PERMITTED,
+    errno.EPERM: PERMITTED,
+    errno.EIO: ("a disk that works", "See what the system says of it (`dmesg`), and move the project to another one"),
+    errno.EMFILE: OPEN_FILES,
+    errno.ENFILE: OPEN_FILES,
+}
+# Nobody tries these out, as one tries whether a file may be read: they are the cause of whatever is raised after them.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)
+# What h5py says in place of an error number, and what NumPy and SQLite say without one.
+NUMBER = re.compile(r"errno = (\d+)|\[Errno (\d+)\]")
+FULL_DISK = re.compile(r"\d+ requested and \d+ written|Not enough free space to write|database or disk is full")
+# TensorFlow's words, known without importing it; the second is what a full GPU comes out as.
+NO_MEMORY = re.compile(r"OOM|out.of.memory|Dst tensor is not initialized|failed to allocate", re.IGNORECASE)
+SMALLER = (
+    "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
+)
+WRITING = "while writing "  # a note of `files.whole` on an error of the operating system's, with the folder
+KEPT = "What was finished is kept, and the same command goes on from there."
 
 
 class LabError(Exception):
@@ -12,18 +47,97 @@ class LabError(Exception):
 
 @contextmanager
 def explained(exit_status: int = 1) -> Iterator[None]:
-    """End the process with a message instead of a traceback when a `LabError` or Ctrl-C gets here.
+    """End the process with a message instead of a traceback when the user can do something about what gets here.
+
+    That is a `LabError`, what `explanation` knows, Ctrl-C and SIGTERM; anything else is a mistake in this program and
+    keeps its traceback. Enter it before slow imports, in which a signal may come as well.
 
     Args:
-        exit_status: what the process returns after a `LabError`. After Ctrl-C it is 130 and after SIGTERM 143, as in a
+        exit_status: what the process returns after an error. After Ctrl-C it is 130 and after SIGTERM 143, as in a
             shell; both unwind the stack, so that what is open is closed.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job is not for Ctrl-C
+        signals.append(signal.SIGINT)
+    for number in signals:
+        signal.signal(number, stop)
     try:
         yield
-    except LabError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+    except BaseException as error:
+        # Whatever the libraries between here and there have made of it.
+        if received or isinstance(error, KeyboardInterrupt):
+            print("\ninterrupted: what was finished is kept, the next call goes on from there", file=sys.stderr)
+            sys.exit(128 + (received or [signal.SIGINT])[0])
+        text = str(error) if isinstance(error, LabError) else explanation(error)
+        if text is None:
+            raise
+        print(f"\nerror: {text}", file=sys.stderr)
         sys.exit(exit_status)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was finished is kept, the next call goes on from there", file=sys.stderr)
-        sys.exit(130)
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)  # what is left is Python's own end, which has its own ways with them
+
+
+def explanation(error: BaseException) -> str | None:
+    """What to tell about a full disk, a file that can't be written, or too little memory; None about anything else."""
+    if _lacks_memory(error):
+        found = str(error).strip().splitlines() or ["none left"]
+        return f"memory: Expected more of it. Found: {found[0][:200]}. {SMALLER}. {KEPT}"
+    for one in _chain(error):
+        number = _number(one)
+        if number not in REFUSED or (one is not error and number not in DISK):
+            continue
+        place = _place(one) or _place(error)
+        if place is None:
+            if number in (errno.EACCES, errno.EPERM):
+                continue  # not about a file
+            place = Path.cwd()
+        expected, remedy = REFUSED[number]
+        free = f" ({_free(place) / 1e6:,.1f} MB are free)" if number in FULL else ""
+        return f"{place}: Expected {expected}. Found: {os.strerror(number)}{free}. {remedy}. {KEPT}"
+    return None
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "OSError" in names:
+        return getattr(error, "errno", None) == errno.ENOMEM
+    tensorflows = names & {"ResourceExhaustedError", "InternalError"}
+    return "MemoryError" in names or bool(tensorflows and NO_MEMORY.search(str(error)))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that came before it: closing a file that couldn't be written raises another one."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if FULL_DISK.search(str(error)):
+        return errno.ENOSPC
+    told = NUMBER.search(str(error))
+    return int(told[1] or told[2]) if told else None
+
+
+def _place(error: BaseException) -> Path | None:
+    named = getattr(error, "filename", None)
+    if isinstance(named, str | bytes | os.PathLike):
+        return Path(os.fsdecode(named))
+    notes = getattr(error, "__notes__", [])
+    return next((Path(note.removeprefix(WRITING)) for note in notes if note.startswith(WRITING)), None)
+
+
+def _free(place: Path) -> int:
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free

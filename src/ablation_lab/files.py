@@ -11,6 +11,7 @@ from typing import Any
 
 import platformdirs
 
+from ablation_lab import errors
 from ablation_lab.errors import LabError
 
 
@@ -86,13 +87,27 @@ def flush(folder: Path) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill that gets its name only when the block ends well; until then, what has that name stays."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    """A folder to fill that gets its name only when the block ends well; until then, what has that name stays.
+
+    It stays too when the process is stopped while the one replaces the other: that is two renames, and the first is
+    taken back.
+    """
+    part, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed in between
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        part.mkdir(parents=True)
         yield part
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         part.rename(folder)
+    except Exception as error:
+        error.add_note(f"{errors.WRITING}{folder}")  # who writes to a file that is open doesn't tell which
+        raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)

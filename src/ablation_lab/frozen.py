@@ -159,6 +159,8 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
                     np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
                     for path, output in zip(paths, outputs, strict=True)
                 ]
+                for path in paths:
+                    _reserve(path)
             for array, output in zip(arrays, outputs, strict=True):
                 array[start : start + len(given)] = output[: len(given)]
             bar.update(len(given))
@@ -166,8 +168,14 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
     files.write_json(part / ENTRY, {path.name: files.sha256(path) for path in paths})
 
 
+def _reserve(path: Path) -> None:
+    # A file that is mapped has no blocks yet, and ends the process without a word where the disk is full by then.
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def _make_room(part: Path, needed: int) -> None:
-    # A file that is mapped ends the process without a word where the disk is full.
     free = shutil.disk_usage(part).free
     if needed > free:
         raise LabError(

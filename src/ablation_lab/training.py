@@ -129,7 +129,7 @@ def train(
 
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
-    network.save_weights(out / cell.WEIGHTS)
+    backend.save_weights(network, out / cell.WEIGHTS)
     history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})
     history.to_csv(out / cell.HISTORY, index=False, lineterminator="\n")
     np.savez(out / cell.PREDICTIONS, **predictions)

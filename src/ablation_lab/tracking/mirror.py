@@ -242,7 +242,10 @@ class Mirror:
                 logged.add(at)
         final = {key: value for key, value in record.final.items() if run.data.metrics.get(key) != value}
         missing = [metric for at, metric in epochs.items() if at not in logged]
-        return missing + runs.metrics(final, 0, int(1000 * time.time()))  # the latest is the one that counts
+        # The latest is the one that counts, also where the clock has been put back since.
+        earlier = [self.client.get_metric_history(run.info.run_id, key) for key in final if key in run.data.metrics]
+        latest = max((metric.timestamp for metrics in earlier for metric in metrics), default=0)
+        return missing + runs.metrics(final, 0, max(int(1000 * time.time()), latest + 1))
 
     def variant(self, records: list[Record]) -> None:
         """The parent run of a variant's cells: means over seeds, and their spread (the sample standard deviation)."""

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,7 +146,8 @@ def close_orphans(study: str) -> None:
                 epochs = client.get_metric_history(run.info.run_id, "loss")
                 reached = max((metric.step for metric in epochs), default=0)
                 client.set_tag(run.info.run_id, REASON, killed(reached))
-                client.set_terminated(run.info.run_id, "KILLED")
+                now = max(int(1000 * time.time()), run.info.start_time)  # the clock may have been put back
+                client.set_terminated(run.info.run_id, "KILLED", now)
 
 
 def killed(epoch: int) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ SQLITE = "sqlite:///"
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # they tell of every table that they make
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised as well
 
 
 def uri() -> str:
@@ -57,6 +59,8 @@ def connect() -> MlflowClient:
             MlflowClient(f"{SQLITE}{part}", f"{SQLITE}{part}").search_experiments(max_results=1)  # makes the tables
             with closing(sqlite3.connect(part)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
+            for log in ("-wal", "-shm"):  # of a database that was removed: SQLite would play it into the new one
+                database.with_name(database.name + log).unlink(missing_ok=True)
             part.rename(database)
         follow(database, database.parent / ARTIFACTS)
     return MlflowClient(uri(), uri())
@@ -136,6 +140,16 @@ def follow(database: Path, artifacts: Path) -> None:
         connection.commit()
 
 
+# What SQLite and the operating system say of a database of the project's own.
+REMEDIES = {
+    "database is locked": "Another program writes into it: end that. ",
+    "not a database|malformed": "Put a copy of the file back, or move it away: it is made again from DVC's files. ",
+    "disk is full|No space left|quota": "Remove files, or move the project to a larger disk. ",
+    "readonly|[Rr]ead-only|unable to open|[Pp]ermission": "Make its folder writable (mount options, permissions). ",
+    "refused|timed out|Max retries": "Start the server, or see what MLFLOW_TRACKING_URI names. ",
+}
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Trouble with the store as an error that names it."""
@@ -144,10 +158,15 @@ def explained() -> Iterator[None]:
     except LabError:
         raise
     except Exception as error:
+        remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), "")
         raise LabError(
-            f"{uri()}: Expected MLflow's store. Found: {first_line(error)}. Call `ablab sync` when it works again."
+            f"{uri()}: Expected MLflow's store. Found: {first_line(error)}. {remedy}"
+            "Call `ablab sync` when it works again. Cells and reports are as they were."
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """An error's kind and the line that says most: what the database has said, where there is one."""
+    lines = str(error).splitlines() or [""]
+    said = next((line for line in lines if line.startswith("(sqlite3.")), lines[0])
+    return f"{type(error).__name__}: {said}"[:300]
