@@ -29,6 +29,7 @@ def due(root: Path, names: list[str]) -> list[str]:
     be up to date."""
     from dvc.repo import Repo
     from dvc.stage.cache import RunCacheNotFoundError
+    from dvc_data.hashfile.hash_info import HashInfo
 
     found = []
     with contextlib.chdir(root), Repo() as repo, repo.lock:
@@ -37,6 +38,8 @@ def due(root: Path, names: list[str]) -> list[str]:
             if not stage.changed():
                 continue
             stage.save_deps()
+            for out in stage.outs:
+                out.hash_info = HashInfo()  # what came out last time is not what comes out now
             try:
                 repo.stage_cache.restore(stage, dry=True)
             except RunCacheNotFoundError:
