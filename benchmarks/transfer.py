@@ -4,9 +4,9 @@
 
 The head search of five heads on DenseNet201 and the fine-tuning of the last 10, 20, 30 and 50 layers of ResNet152, each
 20 epochs long, twice: as Keras' `fit` on the whole network with Keras' own optimizers, one after the other in one
-process that finds the pictures decoded, and as this pipeline, `dvc repro` from the picture files to the report, with
-everything that it does around a training. Both take the same 800 pictures (560 to train with, 160 to validate), the
-same random weights, the same order of pictures and two threads.
+process that finds the pictures decoded, and as this pipeline, `ablab repro -j 2` from the picture files to the report,
+with everything that it does around a training. Both take the same 800 pictures (560 to train with, 160 to validate),
+the same random weights, the same order of pictures and two threads.
 
 Printed are the seconds, their ratio, and how far the predictions for the validation part are apart: those that the
 pipeline has made from features and those of the network that it has saved, on raw pictures; and those of both ways of
@@ -188,7 +188,7 @@ def saved_predictions(folder: Path) -> None:
 def measure(part: str, folder: Path, pictures: int) -> dict[str, Any]:
     """Both ways, and what they say."""
     project(folder, part, pictures)
-    ours = call(folder, sys.executable, "-m", "dvc", "repro")
+    ours = call(folder, sys.executable, "-m", "ablation_lab.cli", "repro", "-j", "2")
     theirs = call(folder, sys.executable, str(Path(__file__).resolve()), "--plain", str(folder))
     call(folder, sys.executable, str(Path(__file__).resolve()), "--saved", str(folder))
     apart = {"saved": 0.0, "plain": 0.0}

@@ -87,6 +87,11 @@ def test_what_would_stop_a_training_stops_the_plan(patch, message):
     assert "\x1b" not in str(caught.value)
 
 
+def test_augmentation_is_tried_with_what_a_training_gives_it():
+    """Floats: this layer takes nothing else."""
+    describe(study_with(contrast={"input": {"augment": {"RandomContrast": {"factor": 0.2}}}}))
+
+
 def test_what_is_wrong_in_the_base_is_said_once():
     study = copy.deepcopy(TINY)
     study["model"]["activation"] = "rleu"

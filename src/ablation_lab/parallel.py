@@ -30,13 +30,14 @@ PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
 
 @dataclass
 class Job:
-    """A cell that is due: its stage (`train` or `finetune`), how long it may take (in any unit), how far it is."""
+    """A cell that is due, of the stage `train` or `finetune`: how long it may take in any unit, and how far it is."""
 
     stage: str
     variant: str
     seed: int
     cost: float
     epochs: int
+    threads: int
     row: dict[str, float] = field(default_factory=dict)
     started: float = 0
     seconds: float = 0
@@ -68,7 +69,7 @@ def repro(root: Path, jobs: int | None) -> int:
         waiting = [_job(stage, *cells[name], root) for name in due(root, list(cells))] if cells else []
         if not waiting:
             continue
-        failed = _side_by_side(waiting, jobs or _room(waiting, root), context, root)
+        failed = _side_by_side(waiting, jobs or _room(waiting), context, root)
         if failed:
             # What has been trained is kept; DVC alone would try the others once more.
             good = [f"{job.stage}@{job.name}" for job in waiting if not job.failure]
@@ -107,10 +108,9 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
-def _room(waiting: list[Job], root: Path) -> int:
+def _room(waiting: list[Job]) -> int:
     """As many cells as there are GPUs, else as the cores have threads for."""
-    threads = max(files.read_json(cell.plan_file(job.variant, root))["train"]["threads"] for job in waiting)
-    return len(_gpus()) or max(1, len(_cores()) // threads)
+    return len(_gpus()) or max(1, len(_cores()) // max(job.threads for job in waiting))
 
 
 def _job(stage: str, variant: str, seed: int, root: Path) -> Job:
@@ -121,7 +121,8 @@ def _job(stage: str, variant: str, seed: int, root: Path) -> Job:
     pictures = pictures or card["counts"]["train"] * plan["input"]["fraction"]
     frozen = facts.get("frozen", {"macs": 0, "once": False})
     macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
-    return Job(stage, variant, seed, settings["epochs"] * pictures * macs / MACS_A_SECOND + 1, settings["epochs"])
+    cost = settings["epochs"] * pictures * macs / MACS_A_SECOND + 1
+    return Job(stage, variant, seed, cost, settings["epochs"], settings["threads"])
 
 
 def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path) -> list[Job]:
@@ -146,7 +147,9 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path) -> li
                     equal.add(wanted)
                     job.started = time.monotonic()
                     ours, theirs = context.Pipe(duplex=False)
-                    chosen = [cores[(slot * share + number) % len(cores)] for number in range(share)]
+                    # More threads than its share of the cores: then the system shares them out.
+                    chosen = [cores[(slot * share + one) % len(cores)] for one in range(share)]
+                    chosen = chosen if job.threads <= share else cores
                     gpu = gpus[slot % len(gpus)] if gpus else None
                     arguments = (root, job.stage, job.variant, job.seed, chosen, gpu, logs / f"{job.name}.log", theirs)
                     process = context.Process(target=_cell, args=arguments, name=job.name)

@@ -653,7 +653,8 @@ def _check_augmentation(layer: keras.layers.Layer, image_shape: tuple[int, int, 
     """Use a layer on two pictures of this shape; on large ones by their shape alone, which takes no memory."""
     shape = (2, *image_shape)
     small = math.prod(image_shape) <= SMALL_PICTURE
-    pictures = np.zeros(shape, np.uint8) if small else keras.KerasTensor(shape, "uint8")
+    # Floats, as a network's input makes them: some layers take nothing else.
+    pictures = np.zeros(shape, np.float32) if small else keras.KerasTensor(shape, "float32")
     changed = layer(pictures, training=True)
     if tuple(changed.shape) != shape:
         found = "×".join(map(str, changed.shape[1:]))
