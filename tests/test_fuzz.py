@@ -25,7 +25,7 @@ from ablation_lab.errors import LabError
 
 # The same examples every time, and no clock that a busy machine could stop.
 FIXED = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-QUICK = settings(max_examples=120, phases=[Phase.generate], **FIXED)
+QUICK = settings(max_examples=100, phases=[Phase.generate], **FIXED)
 MISTAKE = re.compile(r"(?P<file>.+?params\.yaml)(, line (?P<line>\d+))?: (?P<told>.*Expected .+ Found: .+)", re.DOTALL)
 SECONDS, MEGABYTES = 60, 1500  # of computing for one file; of all. What a machine needs stays far below
 
@@ -87,7 +87,7 @@ def test_a_file_is_a_plan_or_a_message(file: Path, content: bytes):
     tried(file, content)
 
 
-@settings(max_examples=100, phases=[Phase.generate], **FIXED)
+@settings(max_examples=60, phases=[Phase.generate], **FIXED)
 @given(texts())
 def test_what_is_read_is_what_yaml_says(content: bytes):
     text = content.decode("utf-8", "surrogatepass")
@@ -129,7 +129,7 @@ def fixed_keys(study: dict) -> list[tuple]:
     return [one for one in found if len(one) < 2 or (one[-2] not in NAMED and not {"optimizer", "augment"} & set(one))]
 
 
-@settings(max_examples=80, phases=[Phase.generate], **FIXED)
+@settings(max_examples=50, phases=[Phase.generate], **FIXED)
 @given(st.data())
 def test_a_mistyped_key_is_told_with_the_one_that_was_meant(file: Path, data: st.DataObject):
     study = params.merge_patch(STUDIES[data.draw(st.sampled_from(sorted(STUDIES)))], {})
@@ -172,7 +172,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files())
 def test_a_refused_file_changes_no_result(finished: Path, content: bytes):
     from stages import plan as stage
@@ -193,7 +193,7 @@ def test_a_refused_file_changes_no_result(finished: Path, content: bytes):
     assert is_below(finished) == before
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files(), st.sampled_from(["plan --params", "use --force", "knockout", "knockout model.dropout"]))
 def test_a_command_ends_with_a_message_and_its_status(finished: Path, capsys, content: bytes, command: str):
     other = finished.parent / "other-params.yaml"
@@ -226,7 +226,7 @@ def test_a_valid_study_is_no_finding(file: Path):
         params.load(file)
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files())
 def test_knockout_adds_to_a_file_or_leaves_it(file: Path, content: bytes):
     file.write_bytes(content)
