@@ -36,7 +36,7 @@ ODDITIES += ["1_000", "1e999", "'", "|", ">-", "{", "[", "@x", "`x`", "%x", "*no
 ODDITIES += ["!!python/object/apply:os.system [id]", "!!python/name:os.system", "!!binary aGk=", "!!set {a, b}"]
 ODDITIES += ["!!int x", "!!bool maybe", "!!float {}", "!!timestamp x", "!!omap [a: 1]", "!!str 5", "!own x"]
 ODDITIES += ["&a [*a]", "&a {b: *a}", '"\\ud800"', '"\\0"', '"\\x1b[2J"', "[1, 2", "? [a] : b", "{? {b: 1} : 2}"]
-ODDITIES += ["- x", "{<<: {filters: 3}}", "{<<: 5}", "{a: 1, a: 2}", "9" * 5000, "[" * 2000, "{a: " * 300]
+ODDITIES += ["- x", "{<<: {filters: 3}}", "{<<: 5}", "{a: 1, a: 2}", "9" * 5000, "[" * 400, "{a: " * 200]
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

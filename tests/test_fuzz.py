@@ -17,14 +17,15 @@ import pytest
 from conftest import TINY, write_params
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mutations import FILES, STUDIES, dumped, files, is_below, places, renamed, typos
+from mutations import FILES, STUDIES, dumped, files, is_below, places, renamed, texts, typos
+from ruamel.yaml import YAML
 
-from ablation_lab import cli, knockout, params, plan
+from ablation_lab import cli, knockout, params, plan, study_file
 from ablation_lab.errors import LabError
 
 # The same examples every time, and no clock that a busy machine could stop.
 FIXED = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-QUICK = settings(max_examples=120, phases=[Phase.generate], **FIXED)
+QUICK = settings(max_examples=100, phases=[Phase.generate], **FIXED)
 MISTAKE = re.compile(r"(?P<file>.+?params\.yaml)(, line (?P<line>\d+))?: (?P<told>.*Expected .+ Found: .+)", re.DOTALL)
 SECONDS, MEGABYTES = 60, 1500  # of computing for one file; of all. What a machine needs stays far below
 
@@ -86,6 +87,22 @@ def test_a_file_is_a_plan_or_a_message(file: Path, content: bytes):
     tried(file, content)
 
 
+@settings(max_examples=60, phases=[Phase.generate], **FIXED)
+@given(texts())
+def test_what_is_read_is_what_yaml_says(content: bytes):
+    text = content.decode("utf-8", "surrogatepass")
+    try:
+        expected = YAML(typ="safe", pure=True).load(text)
+    except Exception:  # ruamel's own ways of refusing
+        with pytest.raises(LabError):
+            study_file.parse(text, "x")
+        return
+    try:
+        assert repr(study_file.parse(text, "x")) == repr(expected)
+    except LabError as error:
+        assert "[...]" in repr(expected) or "{...}" in repr(expected) or "levels" in str(error)
+
+
 @pytest.mark.slow
 def test_two_thousand_files_are_plans_or_messages_in_bounded_time_and_memory(file: Path):
     seen: Counter[str] = Counter()
@@ -112,7 +129,7 @@ def fixed_keys(study: dict) -> list[tuple]:
     return [one for one in found if len(one) < 2 or (one[-2] not in NAMED and not {"optimizer", "augment"} & set(one))]
 
 
-@settings(max_examples=150, phases=[Phase.generate], **FIXED)
+@settings(max_examples=50, phases=[Phase.generate], **FIXED)
 @given(st.data())
 def test_a_mistyped_key_is_told_with_the_one_that_was_meant(file: Path, data: st.DataObject):
     study = params.merge_patch(STUDIES[data.draw(st.sampled_from(sorted(STUDIES)))], {})
@@ -155,7 +172,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files())
 def test_a_refused_file_changes_no_result(finished: Path, content: bytes):
     from stages import plan as stage
@@ -176,7 +193,7 @@ def test_a_refused_file_changes_no_result(finished: Path, content: bytes):
     assert is_below(finished) == before
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files(), st.sampled_from(["plan --params", "use --force", "knockout", "knockout model.dropout"]))
 def test_a_command_ends_with_a_message_and_its_status(finished: Path, capsys, content: bytes, command: str):
     other = finished.parent / "other-params.yaml"
@@ -209,7 +226,7 @@ def test_a_valid_study_is_no_finding(file: Path):
         params.load(file)
 
 
-@settings(max_examples=40, phases=[Phase.generate], **FIXED)
+@settings(max_examples=30, phases=[Phase.generate], **FIXED)
 @given(files())
 def test_knockout_adds_to_a_file_or_leaves_it(file: Path, content: bytes):
     file.write_bytes(content)

@@ -109,7 +109,11 @@ def test_augmentation_layers_by_name_in_order():
     ("augment", "message"),
     [
         ({"RandomFlop": {}}, "input.augment.RandomFlop: Expected a Keras layer. Found: RandomFlop. Did you mean"),
-        ({"RandomFlip": {"way": 1}}, "input.augment.RandomFlip: Expected arguments of RandomFlip."),
+        (
+            {"RandomFlip": {"way": 1}},
+            "input.augment.RandomFlip.way: Expected an argument of RandomFlip. Found: way. Known",
+        ),
+        ({"RandomFlip": {"mod": 1}}, "Did you mean mode?"),
     ],
 )
 def test_augmentation_that_keras_does_not_know_is_told(augment, message):

@@ -1,4 +1,5 @@
 import copy
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,35 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         ),
         (("variants", "x"), {"model": {"dropout": 0}, "reported": {"accuracy": 1}}, "Did you mean test_accuracy?"),
         (("data",), 3, "data: Expected a mapping of names to values. Found: 3."),
+        (("train", "epochs"), 10**30, "train.epochs: Expected a value less than or equal to 100000. Found: 1"),
+        (("train", "batch_size"), 10**12, "train.batch_size: Expected a value less than or equal to 65536."),
+        (("data", "image_size"), [100_000, 9], "data.image_size.0: Expected a value less than or equal to 4096."),
+        (("seeds",), list(range(10**4)), "seeds: Expected at most 1000 items"),
+        (("model", "convolutions"), 10**9, "model.convolutions: Expected a value less than or equal to 1000."),
+        (
+            ("model", "blocks"),
+            {f"b{n}": {"filters": 1, "convolutions": 999} for n in range(2)},
+            "model: Expected a network of at most 1,000 layers with weights. Found: 1999.",
+        ),
+        (
+            ("train", "optimizer", "beta_1"),
+            float("nan"),
+            "train.optimizer.beta_1: Expected a finite number. Found: NaN",
+        ),
+        (("train", "optimizer", "seed"), 2**63, "train.optimizer.seed: Expected a whole number of at most 64 bits."),
+        (("train", "optimizer", "rho"), {1: 2}, "train.optimizer.rho.1: Expected a text as the name, in quotes."),
+        (("train", "optimizer", "rho"), date(2001, 1, 1), "Expected a text (a date in quotes), a number, true, false"),
+        (("study", "notes"), "\x1b[2J", "study.notes: Expected a text without control characters."),
+        (("study", "notes"), "\ud800", "study.notes: Expected a text without control characters."),
+        (("study", "notes"), "x" * 10_001, "study.notes: Expected a text of at most 10,000 characters."),
+        (
+            ("input", "augment"),
+            {"RandomZoom": {"kernel": 10**6}},
+            "input.augment.RandomZoom.kernel: Expected a number of",
+        ),
+        (("model", "DROPOUT"), 0.1, "Did you mean dropout?"),
+        (("model", "a\nb\x1b"), 1, 'model."a\\nb\\u001b": Expected one of the keys'),
+        (("train", "class_weights"), {"float": 0}, "train.class_weights.float: Expected a value greater than 0"),
     ],
 )
 def test_a_mistake_is_told_with_its_place_the_expectation_and_the_finding(path, value, message):

@@ -1,5 +1,6 @@
 import copy
 import json
+import resource
 
 import one_thread  # noqa: F401
 import pytest
@@ -90,6 +91,19 @@ def test_what_would_stop_a_training_stops_the_plan(patch, message):
 def test_augmentation_is_tried_with_what_a_training_gives_it():
     """Floats: this layer takes nothing else."""
     describe(study_with(contrast={"input": {"augment": {"RandomContrast": {"factor": 0.2}}}}))
+
+
+def test_a_network_that_no_machine_has_room_for_takes_no_memory():
+    """10¹² weights; those of the largest that is planned would take 3 GB."""
+    large = study_with(large={"model": {"head": {"dense1": {"units": 10**6}, "dense2": {"units": 10**6}}}})
+    with pytest.raises(LabError) as caught:
+        describe(large)
+    text = "params.yaml: variants.large: model: Expected a network of at most 1,000,000,000 weights. Found: 1,000,0"
+    assert str(caught.value).startswith(text) and "most in the layer dense2." in str(caught.value)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = describe(study_with(wide={"model": {"head": {"dense1": {"units": 28_000}, "dense2": {"units": 28_000}}}}))
+    assert facts["wide"]["parameters"] > 784_000_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
 
 
 def test_what_is_wrong_in_the_base_is_said_once():

@@ -9,6 +9,7 @@ import numpy as np
 
 from ablation_lab.backend import keras, tf
 from ablation_lab.errors import LabError
+from ablation_lab.models.layers import reason
 
 
 def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
@@ -84,7 +85,7 @@ def _construct(kind: type, arguments: dict[str, Any], where: str) -> Any:
     try:
         return kind(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LabError(f"{where}: Expected arguments that {kind.__name__} takes. Found: {error}") from None
+        raise LabError(f"{where}: Expected arguments that {kind.__name__} takes. Found: {reason(error)}") from None
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -177,8 +178,15 @@ def augmentation(augment: dict[str, dict[str, Any]]) -> list[keras.layers.Layer]
     for name, arguments in augment.items():
         if name not in known:
             raise LabError(f"input.augment.{name}: Expected a Keras layer. Found: {name}.{_nearest(name, list(known))}")
+        valid = [one for one in inspect.signature(known[name]).parameters if one != "kwargs"]
+        for argument in arguments:
+            if argument not in [*valid, "name", "dtype"]:
+                near = difflib.get_close_matches(argument, valid, n=1)
+                hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(valid)}."
+                where = f"input.augment.{name}.{argument}"
+                raise LabError(f"{where}: Expected an argument of {name}. Found: {argument}.{hint}")
         try:
             layers.append(known[name](**arguments))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise LabError(f"input.augment.{name}: Expected arguments of {name}. Found: {error}") from None
+            raise LabError(f"input.augment.{name}: Expected arguments of {name}. Found: {reason(error)}") from None
     return layers

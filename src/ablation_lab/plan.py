@@ -18,6 +18,7 @@ from ablation_lab.backend import keras
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
 from ablation_lab.models import custom, transfer, weights
+from ablation_lab.models.layers import reason
 from ablation_lab.params import Params, Variant
 
 # Seconds of a cell that are not training (imports, compilation, files), and forward multiply-accumulates a second and
@@ -601,10 +602,8 @@ def _told_of(place: str) -> Iterator[None]:
     except LabError:
         raise
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
-        raise LabError(
-            f"{place}: Expected settings that Keras takes. Found: {type(error).__name__}: {reason}"
-        ) from error
+        found = f"{type(error).__name__}: {reason(error)}"
+        raise LabError(f"{place}: Expected settings that Keras takes. Found: {found}") from error
 
 
 def _without_weights(

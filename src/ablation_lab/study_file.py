@@ -45,9 +45,9 @@ def parse(text: str, file: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise LabError(f"{file}{line}: Expected valid YAML 1.2. Found: {_first_line(error.problem)}") from None
+        raise LabError(f"{file}{line}: Expected valid YAML 1.2. Found: {_problem(error)}.") from None
     except YAMLError as error:
-        raise LabError(f"{file}: Expected valid YAML 1.2. Found: {_first_line(error)}") from None
+        raise LabError(f"{file}: Expected valid YAML 1.2. Found: {_first_line(error)}.") from None
 
 
 def find_lines(text: str) -> "Lines":
@@ -146,6 +146,8 @@ class _Limits:
         return size, levels
 
     def _check_scalar(self, node: ScalarNode, place: tuple) -> None:
+        if node.tag == MERGE:
+            return
         try:
             self.yaml.constructor.construct_object(node)
         except MarkedYAMLError:
@@ -163,6 +165,11 @@ def _items(node: Node) -> list[tuple[Any, Node]]:
     if isinstance(node, MappingNode):
         return [(key.value if isinstance(key, ScalarNode) else "?", value) for key, value in node.value]
     return list(enumerate(node.value))
+
+
+def _problem(error: MarkedYAMLError) -> str:
+    told = _first_line(error.problem)
+    return f"{_first_line(error.context)} {told}" if told.startswith("but ") else told
 
 
 def _first_line(problem: Any) -> str:

@@ -9,6 +9,7 @@ from ablation_lab.errors import LabError
 
 # Names of what every network begins with: the raw picture, and what scales it.
 INPUT, RESCALE = "image", "rescale"
+LONGEST_REASON = 300
 
 
 class NetworkError(LabError):
@@ -27,10 +28,11 @@ def apply(layer: keras.layers.Layer, x: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what Keras says, without colours."""
+    """The first line of what Keras says, without colours and not too long."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in plain.splitlines()]
-    return next((line for line in lines if line and not line.startswith("Exception encountered")), type(error).__name__)
+    told = next((line for line in lines if line and not line.startswith("Exception encountered")), type(error).__name__)
+    return told if len(told) <= LONGEST_REASON else told[: LONGEST_REASON - 3] + "..."
 
 
 def _does_not_fit(layer: keras.layers.Layer, x: Any, why: str) -> str:
