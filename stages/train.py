@@ -8,8 +8,8 @@ from ablation_lab import errors
 def main(variant: str, seed: int) -> None:
     from ablation_lab import cell, runner
 
-    result = runner.run_cell(variant, seed)
-    cell.write_validation(variant, seed, result)
+    if result := runner.run_cell(variant, seed):
+        cell.write_validation(variant, seed, result)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def test_a_stage_that_fails_leaves_what_was_there(fabricated: Path, stage: str, 
     assert contents(fabricated) == before and parts(fabricated) == []
 
 
+@pytest.mark.slow
 def test_evaluation_and_report_complete_afterwards(fabricated: Path):
     before = contents(fabricated)
     for stage in ("evaluate", "report"):

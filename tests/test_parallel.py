@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, agree, client_of, new_project, passed, run, write_params
+from conftest import ROOT, TINY, agree, client_of, new_project, passed, run, write_params
 from ruamel.yaml import YAML
 from test_killed import content, environment
 
@@ -119,25 +119,25 @@ def test_only_what_is_due_is_trained(both):
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
+    """Two that fail are equal, and come first."""
     (project / "networks/broken.py").write_text(BROKEN)
     study = copy.deepcopy(TINY)
     own = {"builder": "networks.broken:build", "dropout": None, "blocks": None, "head": None}
-    study["variants"] = {"baseline": {}, "broken": {"model": own}}
+    study["seeds"] = [0]
+    study["variants"] = {"broken": {"model": own}, "same": {"model": dict(own)}, "baseline": {}}
     write_params(project, study)
     done = run(project, "ablab", "repro", "-j", "2")
     assert done.returncode == 1
-    assert "error: train@broken-0: memory: Expected more of it. Found: " in done.stderr
+    for name in ("broken", "same"):
+        assert f"error: train@{name}-0: memory: Expected more of it. Found: " in done.stderr
     assert (project / "cells/baseline/seed-0/cell.json").exists()
-    assert (project / "cells/baseline/seed-1/cell.json").exists()
-    assert due(project, [f"train@{name}-{seed}" for name in ("baseline", "broken") for seed in (0, 1)]) == [
-        "train@broken-0",
-        "train@broken-1",
-    ]
-    write_params(project, TINY)
-    done = run(project, "ablab", "repro")
-    passed(done)
-    assert "2 cells, " in done.stderr  # those of no_dropout
-    agree(project)
+    names = [f"train@{name}-0" for name in study["variants"]]
+    assert due(project, names) == ["train@broken-0", "train@same-0"]
+
+
+def test_other_code_than_the_projects_is_refused(project: Path):
+    done = run(project, "ablab", "repro", PYTHONPATH=str(ROOT / "src"))
+    assert done.returncode == 1 and "Expected this project's own `ablab`" in done.stderr
 
 
 @pytest.mark.slow

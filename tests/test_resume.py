@@ -19,7 +19,6 @@ RESUMED = {
         "model": VARIED["normalised"]["model"],
         "train": {"reduce_lr": {"patience": 1, "min_delta": 0.5}, "label_smoothing": 0.1, "batch_size": 7},
     },
-    "parts": VARIED["parts"],
     "averaged": {"train": {"optimizer": {"name": "adam", "use_ema": True, "ema_momentum": 0.9}, "keep": "last"}},
     "stops": {
         "train": {
@@ -91,7 +90,7 @@ def the_same(folder: Path, whole: Path) -> bool:
 def test_a_resumed_training_is_the_same_bytes_and_repeats_no_epoch(data, tmp_path, name):
     settings = (VARIED | RESUMED)[name]
     whole = train(settings, data, tmp_path / "whole", None)
-    for end in {1, len(whole)}:
+    for end in {2, len(whole)}:
         out, state = tmp_path / f"broken{end}", tmp_path / f"state{end}"
         assert train(settings, data, out, state, end_after=end) + train(settings, data, out, state) == whole
         assert the_same(out, tmp_path / "whole")
@@ -136,7 +135,7 @@ def test_a_broken_state_is_not_used(data, tmp_path, capsys):
 def test_the_last_whole_state_is_used(data, tmp_path):
     """Two are kept: a power loss may take the last one, which was not on the disk yet."""
     train({}, data, tmp_path / "out", tmp_path / "state", end_after=3)
-    _, newer = sorted((tmp_path / "state").glob("*.npz"), key=lambda one: one.stat().st_mtime_ns)
+    _, newer = sorted((tmp_path / "state").glob("*.npz"))
     content = newer.read_bytes()
     newer.write_bytes(content[: len(content) // 2])
     (tmp_path / "state/part").write_bytes(content[:100])
@@ -207,20 +206,58 @@ def test_a_second_process_waits_for_the_first(tmp_path, capsys):
 
 def test_two_equal_trainings_have_places_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    with resume.place("abc") as first, resume.place("abc") as second:
-        assert first != second
+    with resume.place("abc") as first:
+        with resume.place("abc") as second:
+            second.mkdir()
+            assert first != second
+        assert not second.exists()
     with resume.place("abc") as again:
         assert again == first
 
 
-def test_a_finished_cell_is_moved_as_a_whole(tmp_path):
-    place, out = tmp_path / "place", tmp_path / "cells/baseline/seed-0"
-    for folder, name in ((place / "cell", "new"), (place / "state", "kept"), (out, "old")):
-        folder.mkdir(parents=True)
-        (folder / name).touch()
+def finished(place: Path) -> Path:
+    """A finished cell, left in a place."""
+    for folder in ("cell", "state"):
+        (place / folder).mkdir(parents=True)
+    (place / "cell/cell.json").write_text('{"cell_hash": "abc"}')
+    (place / "cell/weights").write_text("many")
+    resume.leave(place)
+    return place
+
+
+def test_a_finished_cell_is_taken_as_a_whole(tmp_path):
+    place, out = finished(tmp_path / "place"), tmp_path / "cells/baseline/seed-0"
+    out.mkdir(parents=True)
+    (out / "old").touch()
     resume.take(place, out)
-    assert [path.name for path in out.iterdir()] == ["new"]
+    assert sorted(path.name for path in out.iterdir()) == ["cell.json", "weights"]
     assert not place.exists()
+
+
+def test_a_finished_cell_that_is_damaged_is_not_taken(tmp_path):
+    place = finished(tmp_path / "place")
+    assert resume.is_ready(place, "abc") and not resume.is_ready(place, "other")
+    (place / "cell/weights").write_text("few")
+    assert not resume.is_ready(place, "abc")
+    (place / "cell/weights").unlink()
+    assert not resume.is_ready(place, "abc")
+    (place / resume.SUMS).unlink()
+    assert not resume.is_ready(place, "abc")
+
+
+def test_a_state_of_other_versions_is_not_used(data, tmp_path, monkeypatch, capsys):
+    train({}, data, tmp_path / "out", tmp_path / "state", end_after=2)
+    monkeypatch.setattr(checkpoint, "surroundings", lambda: ["2.0.0", "3.0.0", "2.0.0"])
+    assert train({}, data, tmp_path / "out", tmp_path / "state", end_after=1) == [1]
+    assert "of other versions or another device, and not used" in capsys.readouterr().err
+
+
+def test_the_time_of_a_resumed_training_is_that_of_all_its_parts(data, tmp_path):
+    train({}, data, tmp_path / "out", tmp_path / "state", end_after=3)
+    train({}, data, tmp_path / "out", tmp_path / "state")
+    timing = json.loads((tmp_path / "out" / cell.TIMING).read_text())
+    assert timing["total_seconds"] > sum(timing["epoch_seconds"])
+    assert timing["started"] < (tmp_path / "state").stat().st_mtime - timing["epoch_seconds"][-1]
 
 
 def test_forgotten_states_go(tmp_path, monkeypatch):

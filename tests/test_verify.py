@@ -62,12 +62,25 @@ def test_what_differs_is_told_and_from_where_on(trained_project: Path, tmp_path:
     assert f"{cell.ARCHITECTURE}: not there" in verify.differences(again, kept)
 
 
+def test_damaged_files_are_told(trained_project: Path, tmp_path: Path):
+    kept, again = trained_project / "cells/baseline/seed-0", tmp_path / "again"
+    shutil.copytree(kept, again)
+    for name in (cell.PREDICTIONS, cell.WEIGHTS):
+        content = (again / name).read_bytes()
+        (again / name).write_bytes(content[: len(content) // 2])
+    assert [line.partition(" (")[0] for line in verify.differences(again, kept)] == [
+        f"{cell.WEIGHTS}: can't be read",
+        f"{cell.PREDICTIONS}: can't be read",
+    ]
+
+
 def _first(file: h5py.File) -> h5py.Dataset:
     found: list = []
     file.visititems(lambda name, one: found.append(one) if isinstance(one, h5py.Dataset) and one.ndim else None)
     return found[0]
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_altered_fails(trained_project: Path, tmp_path: Path):
     project = tmp_path / "project"
     shutil.copytree(trained_project, project, symlinks=True)

@@ -69,6 +69,12 @@ def set_up(threads: int) -> str:
     return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
 
 
+def surroundings() -> list[str]:
+    """What results depend on beside settings, data and code: versions, and GPUs."""
+    gpus = [str(tf.config.experimental.get_device_details(one)) for one in tf.config.list_physical_devices("GPU")]
+    return [tf.__version__, keras.__version__, np.__version__, *gpus]
+
+
 def use_cpu_only() -> None:
     """Leave the GPUs to those that train; call it before the first computation."""
     tf.config.set_visible_devices([], "GPU")

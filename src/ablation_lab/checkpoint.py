@@ -2,12 +2,13 @@
 
 Kept are the weights, the best ones so far, the optimizer's memory, and what early stopping and the learning-rate
 schedule have counted. An epoch's order of pictures, dropout and augmentation depend on the seed and its number alone,
-so nothing else is needed for the same bytes as without the break. A file is called by its own sha256 and gets its name
-when it is whole: a broken one is told by its name, and not used.
+so nothing else is needed for the same bytes as without the break. A file is called by its epochs and its own sha256
+and gets its name when it is whole: a broken one is told by its name, and not used.
 """
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ablation_lab import files
-from ablation_lab.backend import keras
+from ablation_lab.backend import keras, surroundings
 
 # Keeping states takes at most a twentieth of the training's time, and a second. Where that would be exceeded, waiting
 # for the disk, so that a power loss takes nothing, is left out first.
@@ -38,11 +39,14 @@ class Keeper(keras.callbacks.Callback):
     Args:
         folder: where; None keeps nothing.
         callbacks: those that remember something, the first of them the cell's `Recorder`.
+        started: when the training began, in seconds since 1970; `load` puts it right.
     """
 
-    def __init__(self, folder: Path | None, callbacks: Sequence[keras.callbacks.Callback]):
+    def __init__(self, folder: Path | None, callbacks: Sequence[keras.callbacks.Callback], started: float):
         super().__init__()
-        self.folder, self.callbacks = folder, callbacks
+        self.folder, self.callbacks, self.started = folder, callbacks, started
+        self.before = 0.0  # seconds that earlier processes trained
+        self._clock = time.perf_counter()
         self._memory: list[dict[str, Any]] | None = None
         self._cost = {True: 0.0, False: 0.0}  # the last time's seconds, with waiting for the disk and without
         self._spent, self._began = 0.0, 0.0
@@ -63,6 +67,7 @@ class Keeper(keras.callbacks.Callback):
         recorder = self.callbacks[0]
         recorder.kept_weights = weights if state["best_is_last"] else best or None
         self._memory = state["callbacks"]
+        self.started, self.before = state["started"], state["seconds"]
         self._recall()
         return sys.maxsize if state["stopped"] else state["epochs"]
 
@@ -81,6 +86,7 @@ class Keeper(keras.callbacks.Callback):
         except OSError as error:
             lost = f"{self.folder}: can't be written ({error.strerror or error})"
             print(f"warning: {lost}; the training goes on, and starts anew should it be killed", file=sys.stderr)
+            shutil.rmtree(self.folder, ignore_errors=True)  # the finished cell needs the room
             self.folder = None
         self._cost[durable] = time.perf_counter() - started
         self._spent += self._cost[durable]
@@ -94,6 +100,9 @@ class Keeper(keras.callbacks.Callback):
         recorder = self.callbacks[0]
         state = {
             "epochs": epochs,
+            "started": self.started,
+            "seconds": self.before + time.perf_counter() - self._clock,
+            "surroundings": surroundings(),
             "stopped": self.model.stop_training,
             "best_is_last": recorder.kept_weights is not None and recorder.best_epoch == epochs,
             "callbacks": [{key: getattr(one, key) for key in MEMORY[type(one).__name__]} for one in self.callbacks],
@@ -111,8 +120,10 @@ class Keeper(keras.callbacks.Callback):
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        part.replace(self.folder / f"{files.sha256(part)}.npz")
-        for older in sorted(self.folder.glob("*.npz"), key=lambda one: one.stat().st_mtime_ns)[:-STATES]:
+        part.replace(self.folder / f"{epochs:06}-{files.sha256(part)}.npz")
+        if durable:
+            files.flush(self.folder)
+        for older in sorted(self.folder.glob("*.npz"))[:-STATES]:
             older.unlink()
 
     def _read(self, network: keras.Model) -> tuple[dict[str, Any], list, list, list] | None:
@@ -125,7 +136,7 @@ class Keeper(keras.callbacks.Callback):
         ]
         found = []
         for path in sorted(self.folder.glob("*.npz")):
-            if files.sha256(path) != path.stem:
+            if files.sha256(path) != path.stem.rpartition("-")[2]:
                 print(f"warning: {path}: broken, and not used", file=sys.stderr)
                 continue
             with np.load(path, allow_pickle=False) as content:
@@ -134,6 +145,8 @@ class Keeper(keras.callbacks.Callback):
                     [content[f"{kind}{number}"] for number in range(sum(name.startswith(kind) for name in content))]
                     for kind in ("weight", "optimizer", "best")
                 ]
-            if [[one.shape for one in kind] for kind in kinds[:2]] == shapes:
+            if state["surroundings"] != surroundings():
+                print(f"warning: {path}: of other versions or another device, and not used", file=sys.stderr)
+            elif [[one.shape for one in kind] for kind in kinds[:2]] == shapes:
                 found.append((state, *kinds))
         return max(found, key=lambda one: one[0]["epochs"], default=None)

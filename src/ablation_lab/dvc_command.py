@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from ablation_lab.errors import LabError
+
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -25,23 +27,32 @@ def mend(root: Path) -> None:
 
 
 def due(root: Path, names: list[str]) -> list[str]:
-    """The stages that `dvc repro` would run the commands of: changed, and not in the run cache. Their dependencies must
-    be up to date."""
+    """The stages whose commands `dvc repro` would run: changed, and not in DVC's cache. What they depend on must be there.
+
+    Raises:
+        LabError: with DVC's own words, when another DVC is at work, for one.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.stage.cache import RunCacheNotFoundError
     from dvc_data.hashfile.hash_info import HashInfo
 
     found = []
-    with contextlib.chdir(root), Repo() as repo, repo.lock:
-        for name in names:
-            stage = repo.stage.load_one(name=name)
-            if not stage.changed():
-                continue
-            stage.save_deps()
-            for out in stage.outs:
-                out.hash_info = HashInfo()  # what came out last time is not what comes out now
-            try:
-                repo.stage_cache.restore(stage, dry=True)
-            except RunCacheNotFoundError:
-                found.append(name)
+    try:
+        with contextlib.chdir(root), Repo() as repo, repo.lock:
+            for name in names:
+                stage = repo.stage.load_one(name=name)
+                if not stage.changed():
+                    continue
+                if not stage.changed_stage() and not stage.changed_deps() and stage.outs_cached():
+                    continue  # checked out
+                stage.save_deps()
+                for out in stage.outs:
+                    out.hash_info = HashInfo()  # what came out last time is not what comes out now
+                try:
+                    repo.stage_cache.restore(stage, dry=True)
+                except RunCacheNotFoundError:
+                    found.append(name)
+    except DvcException as error:
+        raise LabError(f"DVC: {error}") from None
     return found

@@ -79,10 +79,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def flush(folder: Path) -> None:
     """See to it that a folder's files are on the disk, so that a power loss can't leave half of what has its name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        opened = os.open(path, os.O_RDONLY)  # a folder's names are on the disk when the folder is
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 @contextmanager

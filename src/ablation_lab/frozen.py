@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ablation_lab import files
-from ablation_lab.backend import compile_with_xla, keras, tf
+from ablation_lab.backend import compile_with_xla, keras, surroundings
 from ablation_lab.errors import LabError
 
 FOLDER = "features"
@@ -133,10 +133,9 @@ def _key(prefix: keras.Model, data_digest: str, threads: int) -> str:
         "data": data_digest,
         "batch": BATCH,
         "threads": threads,
-        "devices": [tf.config.experimental.get_device_details(one) for one in tf.config.list_physical_devices("GPU")],
-        "versions": [tf.__version__, keras.__version__],
+        "surroundings": surroundings(),
     }
-    found = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+    found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for weight in prefix.get_weights():
         found.update(np.ascontiguousarray(weight).tobytes())
     return found.hexdigest()

@@ -5,6 +5,7 @@ DVC says which cells are due. They are trained by processes of their own, each o
 and tracked is what `dvc repro` alone makes.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,6 +26,7 @@ from rich.table import Table
 
 from ablation_lab import cell, errors, files, params, resume, runner
 from ablation_lab.dvc_command import DVC, due, environment, mend
+from ablation_lab.errors import LabError
 
 MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
@@ -35,6 +39,7 @@ class Job:
     stage: str
     variant: str
     seed: int
+    wanted: str  # the cell's hash: of equal cells one is trained, and DVC's stages share its result
     cost: float
     epochs: int
     threads: int
@@ -56,7 +61,17 @@ def repro(root: Path, jobs: int | None) -> int:
 
     Returns:
         The exit status: that of `dvc repro`, or 1 when a cell has failed; the others are then kept.
+
+    Raises:
+        LabError: when the code that is running is not the project's.
     """
+    here, own = Path(__file__).resolve().parent, (root / "src" / "ablation_lab").resolve()
+    if here != own:
+        raise LabError(
+            f"{root}: Expected this project's own `ablab`, as its code is part of a cell. Found: that of {here}. "
+            f"Set its environment up (`make setup`) and use it, or set PYTHONPATH to {root / 'src'}."
+        )
+    code = cell.training_code(root)
     context = _context()
     mend(root)
     if status := _dvc(root, "repro", "plan"):
@@ -66,15 +81,16 @@ def repro(root: Path, jobs: int | None) -> int:
         if stage == "finetune" and variants and (status := _dvc(root, "repro", "select")):
             return status
         cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
-        waiting = [_job(stage, *cells[name], root) for name in due(root, list(cells))] if cells else []
+        waiting = [_job(stage, *cells[name], root, code) for name in due(root, list(cells))] if cells else []
         if not waiting:
             continue
-        failed = _side_by_side(waiting, jobs or _room(waiting), context, root)
+        _side_by_side(waiting, jobs or _room(waiting), context, root, code)
+        failed = [job for job in waiting if job.failure]
         if failed:
             # What has been trained is kept; DVC alone would try the others once more.
             good = [f"{job.stage}@{job.name}" for job in waiting if not job.failure]
             if good:
-                _dvc(root, "repro", "--single-item", *good)
+                _dvc(root, "repro", "--keep-going", "--single-item", *good)
             for job in failed:
                 print(f"\nerror: {job.stage}@{job.name}: {job.failure}", file=sys.stderr)
             return 1
@@ -93,15 +109,29 @@ def _context() -> Any:
     context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner"])
     from multiprocessing import forkserver
 
-    forkserver.ensure_running()  # while DVC plans
+    with _deaf():
+        forkserver.ensure_running()  # while DVC plans
     return context
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C is for this process, which ends those that it has started; they inherit this."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _gpus() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them; none where TensorFlow has no CUDA (`make gpu`)."""
+    if importlib.util.find_spec("nvidia") is None:
+        return []
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one and one != "-1"]
-    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    found = [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    return found or (["0"] if Path("/dev/dxg").exists() else [])  # the latter on Windows
 
 
 def _cores() -> list[int]:
@@ -113,49 +143,48 @@ def _room(waiting: list[Job]) -> int:
     return len(_gpus()) or max(1, len(_cores()) // max(job.threads for job in waiting))
 
 
-def _job(stage: str, variant: str, seed: int, root: Path) -> Job:
-    plan, card = files.read_json(cell.plan_file(variant, root)), files.read_json(root / runner.DATA / "card.json")
+def _job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -> Job:
+    file = cell.plan_file(variant, root)
+    plan, card = files.read_json(file), files.read_json(root / runner.DATA / "card.json")
     facts = files.read_json(cell.plan_file(variant, root, "networks/"))
     settings = plan["train"]
     pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
     pictures = pictures or card["counts"]["train"] * plan["input"]["fraction"]
     frozen = facts.get("frozen", {"macs": 0, "once": False})
     macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
+    wanted = cell.cell_hash(files.sha256(file), seed, card["digest"], code)
     cost = settings["epochs"] * pictures * macs / MACS_A_SECOND + 1
-    return Job(stage, variant, seed, cost, settings["epochs"], settings["threads"])
+    return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"])
 
 
-def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path) -> list[Job]:
-    """Train cells, the longest first; those that have failed."""
-    queue = sorted(waiting, key=lambda job: -job.cost)
-    equal: set[str] = set()  # of equal cells one is trained; DVC's stages then share its result
+def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code: dict[str, str]) -> None:
+    """Train cells, the longest first; why one has failed is in its `failure`, and in those of its equals."""
+    once = {job.wanted: job for job in reversed(waiting)}
+    queue = sorted(once.values(), key=lambda job: -job.cost)
     cores, gpus = _cores(), _gpus()
     share = max(1, len(cores) // jobs)
     free = list(range(jobs))
     running: dict[int, tuple[Any, Job, int, Connection]] = {}
     logs = root / resume.FOLDER
     logs.mkdir(exist_ok=True)
-    with _view(waiting, jobs) as show:
+    with _view(list(once.values()), jobs) as show:
         try:
             while queue or running:
                 while queue and free:
                     job, slot = queue.pop(0), free.pop(0)
-                    wanted = runner.identify(job.variant, job.seed, root)[0].cell_hash
-                    if wanted in equal:
-                        free.insert(0, slot)
-                        continue
-                    equal.add(wanted)
                     job.started = time.monotonic()
                     ours, theirs = context.Pipe(duplex=False)
                     # More threads than its share of the cores: then the system shares them out.
                     chosen = [cores[(slot * share + one) % len(cores)] for one in range(share)]
                     chosen = chosen if job.threads <= share else cores
                     gpu = gpus[slot % len(gpus)] if gpus else None
-                    arguments = (root, job.stage, job.variant, job.seed, chosen, gpu, logs / f"{job.name}.log", theirs)
-                    process = context.Process(target=_cell, args=arguments, name=job.name)
-                    process.start()
+                    log = logs / f"{job.name}.log"
+                    arguments = (root, job.stage, job.variant, job.seed, code, chosen, gpu, log, theirs)
+                    process = context.Process(target=_cell, args=arguments, name=job.name, daemon=True)
+                    with _deaf():
+                        process.start()
+                        running[process.sentinel] = (process, job, slot, ours)
                     theirs.close()
-                    running[process.sentinel] = (process, job, slot, ours)
                 telling = {ours: job for _, job, _, ours in running.values() if not ours.closed}
                 ready = wait([*running, *telling], timeout=1)
                 for pipe in telling.keys() & set(ready):
@@ -178,17 +207,25 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path) -> li
             for process, *_ in running.values():
                 process.join(PATIENCE)
                 process.kill()
-    return [job for job in waiting if job.failure]
+    for job in waiting:
+        job.failure = once[job.wanted].failure
 
 
 def _cell(
-    root: Path, stage: str, variant: str, seed: int, cores: list[int], gpu: str | None, log: Path, told: Connection
+    root: Path,
+    stage: str,
+    variant: str,
+    seed: int,
+    code: dict[str, str],
+    cores: list[int],
+    gpu: str | None,
+    log: Path,
+    told: Connection,
 ) -> None:
     """What a process does: train one cell, its output in a file, each epoch told."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started this, which ends it
     os.chdir(root)
     sys.path.insert(0, str(root))
     os.environ["DVC_STAGE"] = f"{stage}@{variant}-{seed}"
@@ -197,6 +234,10 @@ def _cell(
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     with errors.explained():
+        if cell.training_code(root) != code:  # what is imported is not what the cell's hash would say
+            raise LabError(
+                "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
+            )
         runner.prepare(variant, seed, told=told.send)
 
 
@@ -204,6 +245,8 @@ def _reason(status: int, log: Path) -> str:
     """Why a cell has failed, from what it has written."""
     if status == -signal.SIGKILL:
         return "killed, perhaps as the memory was full. With fewer cells at a time (-j) each has more."
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name} (its output: {log})"
     lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
     told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if told:

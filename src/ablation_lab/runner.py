@@ -17,23 +17,29 @@ DATA = Path("data/processed")
 Told = Callable[[dict[str, float]], None]
 
 
-def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any]:
+def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | None:
     """Make a cell's folder, all of it or nothing.
 
-    Its training was finished before (`prepare`), goes on where it was killed, or is done now. When whoever started this
-    process is gone meanwhile, the finished cell stays in its place: it will be asked for again.
+    Its training was finished before (`prepare`), goes on where it was killed, or is done now.
 
     Returns:
-        What `cell.json` holds.
+        What `cell.json` holds. None when whoever started this process is gone: then the finished cell stays in its
+        place, as it will be asked for again.
     """
     parent = os.getppid()
-    with resume.alone(variant, seed, root):
+    out = cell.folder(variant, seed, root)
+    with resume.alone(variant, seed, root) as waited:
         identity, hashes = identify(variant, seed, root)
+        if waited and cell.is_finished(out, identity.cell_hash):
+            print(f"{identity.name}: trained by that process")
+            return files.read_json(out / cell.RESULT)
         with resume.place(identity.cell_hash) as place:
             make(identity, hashes, place, root)
             result = files.read_json(place / resume.READY / cell.RESULT)
-            if os.getppid() == parent:
-                resume.take(place, cell.folder(variant, seed, root))
+            if os.getppid() != parent:
+                resume.leave(place)
+                return None
+            resume.take(place, out)
     return result
 
 
@@ -46,6 +52,7 @@ def prepare(variant: str, seed: int, root: Path = Path(), told: Told = lambda ro
     identity, hashes = identify(variant, seed, root)
     with resume.place(identity.cell_hash, wait=True) as place:
         make(identity, hashes, place, root, told)
+        resume.leave(place)
 
 
 def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identity, dict[str, str]]:
@@ -65,7 +72,7 @@ def make(
     plan, data, code and seed, is shared. A cell of the second phase starts from the weights of the selected variant's
     cell with the same seed."""
     ready = place / resume.READY
-    if cell.is_finished(ready, identity.cell_hash):
+    if resume.is_ready(place, identity.cell_hash):
         print(f"{identity.name}: trained already")
         return
     with live.cell_run(identity) as run:

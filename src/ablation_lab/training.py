@@ -20,8 +20,6 @@ from ablation_lab.models import weights
 PREDICTION_BATCH = 256  # fixed: the last bits of a prediction may depend on it
 SHOWN = 8  # test pictures whose probabilities are also written for the untrained network
 
-# Seconds between two pictures of the progress bar; a log file needn't grow by the second.
-SHOW_SECONDS = 0.5 if sys.stderr.isatty() else 10
 
 EpochReport = Callable[[dict[str, float]], None]
 
@@ -88,7 +86,7 @@ def train(
     untrained = trainer.get_weights()
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
-    keeper = checkpoint.Keeper(state, remembering)
+    keeper = checkpoint.Keeper(state, remembering, started)
     last = settings["epochs"]
     done = min(keeper.load(trainer), last)
     for row in recorder.rows():
@@ -144,11 +142,11 @@ def train(
         "validation_loss": None if recorder.diverged else recorder.history[(recorder.best_epoch or 1) - 1]["val_loss"],
     }
     timing = {
-        "started": round(started, 3),  # seconds since 1970
+        "started": round(keeper.started, 3),  # seconds since 1970
         "device": device,
         "threads": settings["threads"],
         "epoch_seconds": recorder.seconds,
-        "total_seconds": round(time.perf_counter() - clock, 4),
+        "total_seconds": round(keeper.before + time.perf_counter() - clock, 4),
     }
     files.write_json(out / cell.TIMING, timing)
     return result
@@ -230,7 +228,8 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         total, done = self.params["epochs"] * self.steps, self.done * self.steps
-        self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=SHOW_SECONDS)
+        often = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file needn't grow by the second
+        self.bar = tqdm(total=total, initial=done, desc=self.name, unit="step", mininterval=often)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.bar.update()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from ablation_lab import cell, files, params, runner
+from ablation_lab import cell, files, params, resume, runner
 from ablation_lab.dvc_command import environment
 from ablation_lab.errors import LabError
 from ablation_lab.tracking import live
 
 COMPARED = (cell.HISTORY, cell.WEIGHTS, cell.PREDICTIONS, cell.UNTRAINED, cell.ARCHITECTURE, cell.RESULT)
 NAMED = 3  # of the weights that differ
-TRAINING = "import sys; from ablation_lab import verify; verify.train_again(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
+# The project's own code, whatever is installed: a cell's hash covers it.
+TRAINING = """
+import sys
+sys.path.insert(0, "src")
+from ablation_lab import verify
+verify.train_again(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+"""
 
 
 def verify(names: list[str], root: Path, every: bool = False) -> int:
@@ -44,8 +52,10 @@ def verify(names: list[str], root: Path, every: bool = False) -> int:
     for name in chosen:
         _up_to_date(name, *seeds[name], root)
     different = 0
+    scratch = root / resume.FOLDER  # on the project's disk: features may take gigabytes
+    scratch.mkdir(exist_ok=True)
     for name in chosen:
-        with tempfile.TemporaryDirectory(prefix="ablab-verify-") as place:
+        with tempfile.TemporaryDirectory(prefix="verify-", dir=scratch) as place:
             command = [sys.executable, "-c", TRAINING, seeds[name][0], str(seeds[name][1]), place]
             done = subprocess.run(command, cwd=root, env=environment(), check=False)
             if done.returncode:
@@ -92,7 +102,7 @@ def _told(kept: Path, again: Path) -> str:
     tellers = {".csv": _epochs, ".h5": _weights, ".npz": _arrays, ".json": _keys}
     try:
         return tellers[kept.suffix](kept, again)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         return f"can't be read ({str(error).partition(chr(10))[0]})"
 
 
@@ -132,7 +142,7 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
     if one.shape != other.shape:
         return float("inf")
     same = np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
-    return 0.0 if same else float(np.nanmax(np.abs(one.astype(float) - other.astype(float))))
+    return 0.0 if same else float(np.nan_to_num(np.abs(one.astype(float) - other.astype(float)), nan=np.inf).max())
 
 
 def _ranked(apart: dict[str, float]) -> str:
@@ -156,7 +166,7 @@ def _short(value: Any) -> str:
 
 def _up_to_date(name: str, variant: str, seed: int, root: Path) -> None:
     there = files.read_json(cell.folder(variant, seed, root) / cell.RESULT)
-    if there["cell_hash"] != runner.identify(variant, seed, root)[0].cell_hash:
+    if there.get("cell_hash") != runner.identify(variant, seed, root)[0].cell_hash:
         raise LabError(
             f"{name}: Expected a cell made from today's plan, data and code. Found: an older one. Run `dvc repro`."
         )
