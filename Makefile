@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro setup gpu test test-slow lint lock audit
 
 repro: setup
-	@test -s .dvc/tmp/rwlock || rm -f .dvc/tmp/rwlock # DVC can't read what it left when it was killed while it wrote it
+	@$(VENV)/bin/python -c "from pathlib import Path; from ablation_lab import dvc_command; dvc_command.mend(Path())"
 	$(VENV)/bin/dvc repro
 	@echo "Report: reports/report.html"
 

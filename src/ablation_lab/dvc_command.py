@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 from ablation_lab.errors import LabError
@@ -22,12 +23,15 @@ def environment() -> dict[str, str]:
 def mend(root: Path) -> None:
     """Remove DVC's list of locks where DVC was killed while it wrote it and left it empty: nobody can read it then."""
     locks = root / ".dvc/tmp/rwlock"
-    if locks.exists() and not locks.stat().st_size:
-        locks.unlink()
+    for _ in range(2):
+        if not locks.exists() or locks.stat().st_size:
+            return
+        time.sleep(0.2)  # it is empty for a moment whenever DVC writes it
+    locks.unlink(missing_ok=True)
 
 
 def due(root: Path, names: list[str]) -> list[str]:
-    """The stages whose commands `dvc repro` would run: changed, and not in DVC's cache. What they depend on must be there.
+    """The stages whose commands `dvc repro` would run: changed, and not in DVC's cache. What they need must be there.
 
     Raises:
         LabError: with DVC's own words, when another DVC is at work, for one.

@@ -50,7 +50,11 @@ def prepare(variant: str, seed: int, root: Path = Path(), told: Told = lambda ro
         told: called after each epoch with its row of `history.csv` and `epoch_seconds`.
     """
     identity, hashes = identify(variant, seed, root)
+    out = cell.folder(variant, seed, root)
+    before = cell.is_finished(out, identity.cell_hash)
     with resume.place(identity.cell_hash, wait=True) as place:
+        if not before and cell.is_finished(out, identity.cell_hash):
+            return  # by the process that was waited for
         make(identity, hashes, place, root, told)
         resume.leave(place)
 
