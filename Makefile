@@ -35,7 +35,7 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n auto --dist loadfile -m "not slow"
+	$(VENV)/bin/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	$(VENV)/bin/pytest -m slow

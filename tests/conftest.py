@@ -33,7 +33,11 @@ CODE = (
     ".gitignore",
 )
 
-LONG = ("test_study.py", "test_mirror.py", "test_training.py", "test_two_phases.py", "test_cli.py")
+LONG = (
+    *("test_study.py", "test_report.py", "test_mirror.py", "test_two_phases.py", "test_training.py", "test_ui.py"),
+    *("test_resume.py", "test_cli.py", "test_search.py", "test_frozen.py", "test_verify.py", "test_page.py"),
+    *("test_parallel.py", "test_tracking.py", "test_fuzz.py", "test_faults.py"),
+)
 
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.
 TINY = {
@@ -128,7 +132,8 @@ def agree(project: Path, study: str = "tiny", client: MlflowClient | None = None
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="module")

@@ -156,6 +156,7 @@ def test_ui_serves_the_studys_store_on_the_loopback_address(folder: Path):
     assert (folder / "mlruns/mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_quick_runs_the_whole_study_beside_it_and_says_so(folder: Path):
     output = passed(run(folder, "ablab", "quick"))
     assert "Everything works." in output

@@ -363,6 +363,7 @@ with live.cell_run(dataclasses.replace(record.identity, made=live.provenance()))
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_mid_training_gets_the_rest_later(project: Path, tmp_path: Path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

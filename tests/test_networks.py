@@ -2,9 +2,11 @@
 
 import copy
 
+import pytest
 from conftest import TINY, passed, retrained, run
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_users_network_retrains_the_cells_that_use_it(project):
     study = copy.deepcopy(TINY) | {"seeds": [0]}
     nothing = dict.fromkeys(("blocks", "head", "dropout"))

@@ -29,7 +29,7 @@ RESUMED = {
     },
     "diverges": {"train": {"optimizer": {"name": "sgd", "learning_rate": 1e30}}},
 }
-OTHERS = sorted(VARIED.keys() - RESUMED.keys())
+FAST = ("everything", "stops")
 NOISY = """
 from keras import Model, layers, ops, random
 
@@ -107,6 +107,7 @@ def test_a_layer_that_draws_without_a_seed_goes_on_too(data, tmp_path, monkeypat
     assert the_same(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_training_that_is_broken_off_again_and_again(data, tmp_path):
     whole = train({}, data, tmp_path / "whole", None)
     fitted = [train({}, data, tmp_path / "out", tmp_path / "state", end) for end in (1, 2, 3, 0)]

@@ -117,6 +117,7 @@ def test_a_base_value_retrains_the_cells_that_do_not_override_it_and_putting_it_
     assert retrained(project, TINY) == []
 
 
+@pytest.mark.slow
 def test_a_new_seed_trains_that_seed(project: Path, study: dict):
     study["seeds"] = [2, 1, 0]
     assert sorted(retrained(project, study)) == ["baseline-2", "no_dropout-2"]
@@ -142,6 +143,7 @@ def test_a_variant_that_comes_out_as_another_shares_its_result(project: Path, st
         assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_an_experiment_trains_what_inherits_its_value_and_is_listed(project: Path, study: dict):
     output = passed(run(project, "dvc", "exp", "run", "--name", "less", "--set-param", "model.dropout=0.1"))
     assert trained(output) == ["baseline-0", "baseline-1"]

@@ -116,6 +116,7 @@ def test_a_file_that_isnt_there_is_told(tmp_path):
         weights.wanted(model(weights="mine.h5"))
 
 
+@pytest.mark.slow
 def test_efficientnet_with_imagenet_weights_is_keras_own(tmp_path, monkeypatch):
     build, _ = transfer.find("EfficientNetB0")
     save(build(include_top=False, weights=None, input_shape=(32, 32, 3)), tmp_path / "random.h5")

@@ -131,7 +131,8 @@ def _datasets(path: Path) -> dict[str, np.ndarray]:
 
 
 def _arrays(kept: Path, again: Path) -> str:
-    with np.load(kept, allow_pickle=False) as first, np.load(again, allow_pickle=False) as second:
+    with kept.open("rb") as one, again.open("rb") as other:  # NumPy leaves what is broken open
+        first, second = np.load(one, allow_pickle=False), np.load(other, allow_pickle=False)
         if sorted(first) != sorted(second):
             return "other arrays"
         apart = {name: _apart(first[name], second[name]) for name in first}
