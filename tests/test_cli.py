@@ -104,6 +104,7 @@ def test_a_plan_that_cannot_be_trained_ends_with_status_2(folder: Path, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_predict_needs_a_trained_cell_then_predicts_pictures_of_any_size(folder: Path, tmp_path: Path):
     picture = tmp_path / "picture.png"
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(picture)

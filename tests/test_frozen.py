@@ -42,7 +42,7 @@ CUTS = [
     ("DenseNet121", {"last": 5}, 2),
     ("SqueezeNet", "none", 1),
     ("SqueezeNet", {"from_layer": 58}, 2),
-    ("EfficientNetB0", {"last": 12}, 2),
+    pytest.param("EfficientNetB0", {"last": 12}, 2, marks=pytest.mark.slow),
 ]
 
 

@@ -161,6 +161,7 @@ def test_the_champion_is_the_best_on_validation_and_predicts_as_the_report_says(
         served.load("models:/tiny@queen")
 
 
+@pytest.mark.slow
 def test_a_served_champion_answers_with_the_reports_probabilities(project: Path):
     """docs/mlflow.md's command, and a request over HTTP."""
     mirror.sync()

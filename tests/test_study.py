@@ -123,6 +123,7 @@ def test_a_new_seed_trains_that_seed(project: Path, study: dict):
     assert sorted(retrained(project, study)) == ["baseline-2", "no_dropout-2"]
 
 
+@pytest.mark.slow
 def test_a_new_variant_trains_its_cells_and_a_removed_one_leaves_no_trace(project: Path, study: dict):
     study["variants"]["wide"] = {"model": {"blocks": {"block1": {"filters": 3}}}}
     assert retrained(project, study) == ["wide-0", "wide-1"]
@@ -130,6 +131,7 @@ def test_a_new_variant_trains_its_cells_and_a_removed_one_leaves_no_trace(projec
     assert sorted(path.name for path in (project / "cells").iterdir()) == ["baseline", "no_dropout"]
 
 
+@pytest.mark.slow
 def test_a_variant_that_comes_out_as_another_shares_its_result(project: Path, study: dict):
     study["variants"]["twin"] = {"model": {"blocks": {"block1": {"dropout": 0}}}}
     write_params(project, study)

@@ -174,7 +174,7 @@ NETWORKS = {
 }
 
 
-LARGE = ("scenes_densenet201", "scenes_resnet152")
+LARGE = ("scenes_densenet201", "scenes_resnet152", "fashion_resnet")
 
 
 @pytest.mark.parametrize(

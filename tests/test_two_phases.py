@@ -182,6 +182,7 @@ def test_another_head_trains_its_cells_on_the_same_features(project: Path, study
     assert entries(project) == before
 
 
+@pytest.mark.slow
 def test_only_another_choice_retrains_the_second_phase(project: Path, study: dict):
     (other,) = {"small", "none"} - {selected(project)}
     study["finetune"]["select"] = {"among": [other]}
