@@ -65,8 +65,8 @@ def states(project: Path) -> dict[str, int]:
 
 
 def killed(project: Path, stage: str, seconds: float, whole_group: bool, in_epochs: bool) -> list[str]:
-    """Run `dvc repro` and kill it so many seconds after a stage has begun, or a training has finished an epoch, with all
-    that it has started or DVC alone.
+    """Run `dvc repro` and kill it, alone or with all that it has started, so many seconds after a stage has begun or,
+    `in_epochs`, after a training has kept an epoch.
 
     Returns:
         The lines that it has printed.
