@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def killed(project: Path, stage: str, seconds: float, whole_group: bool, in_epoc
         start_new_session=True,
     )
     lines: list[str] = []
-    begun = threading.Event()
+    begun, over = threading.Event(), threading.Event()
 
     def read():
         with process.stdout as output:  # what DVC has started may go on writing into it
@@ -90,16 +91,20 @@ def killed(project: Path, stage: str, seconds: float, whole_group: bool, in_epoc
                 lines.append(line)
                 if line.startswith(f"Running stage '{stage}"):
                     begun.set()
+                elif line.startswith("Running stage") and begun.is_set():
+                    over.set()
         begun.set()  # it has ended without
+        over.set()
 
     reader = threading.Thread(target=read)
     reader.start()
     before = states(project)
     assert begun.wait(300)
-    while in_epochs and process.poll() is None and states(project) in (before, {}):
+    while in_epochs and not over.is_set() and states(project) in (before, {}):
         time.sleep(0.05)
     time.sleep(seconds)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
     if whole_group:
         reader.join()
