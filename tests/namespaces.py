@@ -1,4 +1,4 @@
-"""A full disk or a read-only folder for one command: mounted in a namespace that ends with it."""
+"""A full disk, a small one or a read-only folder for one command: mounted in a namespace that ends with it."""
 
 import shutil
 import subprocess
@@ -53,3 +53,25 @@ def full_disk(folder: Path, room: int, *command: str) -> tuple[str, ...]:
     exit $status
     """
     return _mounted(script, str(folder), str(room), *command)
+
+
+def small_disk(folder: Path, size: int, *command: str) -> tuple[str, ...]:
+    """The command that runs another one to which a folder lies on a small disk of its own, with what it holds.
+
+    What is on the disk afterwards is in `<folder>.left`.
+
+    Args:
+        size: kB of the disk.
+    """
+    script = """
+    folder=$1 size=$2; shift 2
+    kept=$(mktemp -d)
+    cp -a "$folder/." "$kept"
+    mount -t tmpfs -o size="$size"k tmpfs "$folder"
+    cp -a "$kept/." "$folder"
+    rm -r "$kept"
+    status=0; "$@" || status=$?
+    cp -a "$folder" "$folder.left"
+    exit $status
+    """
+    return _mounted(script, str(folder), str(size), *command)

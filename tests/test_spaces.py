@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import sys
 import threading
 import zipfile
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, write_params
-from spaces import on_read_only_disk, on_small_disk
+from conftest import ROOT, TINY, run, write_params
+from namespaces import read_only, small_disk
 from test_datasets import idx, picture
 
 from ablation_lab.datasets import fashion_mnist
@@ -76,7 +77,19 @@ def survives(project: Path, stage: str, place, says: str, never: str | None = No
 
 
 def full(project: Path, kilobytes: int):
-    return partial(on_small_disk, project / "data", kilobytes)
+    data = project / "data"
+
+    def place(cwd: Path, *command: str, **environment: str):
+        done = run(cwd, *small_disk(data, kilobytes, *command), **environment)
+        shutil.rmtree(data)
+        data.with_name("data.left").rename(data)
+        return done
+
+    return place
+
+
+def locked(project: Path):
+    return lambda cwd, *command, **environment: run(cwd, *read_only(project / "data", *command), **environment)
 
 
 def test_digits_find_no_room(project):
@@ -147,4 +160,4 @@ def test_a_folder_that_nobody_can_write_to(stage, project):
     study(project, "digits")
     download.main()
     (project / "data/raw/earlier").write_text("raw")
-    survives(project, stage, partial(on_read_only_disk, project / "data"), "Read-only file system")
+    survives(project, stage, locked(project), "Read-only file system")
