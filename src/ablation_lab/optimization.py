@@ -181,9 +181,8 @@ def augmentation(augment: dict[str, dict[str, Any]]) -> list[keras.layers.Layer]
         valid = [one for one in inspect.signature(known[name]).parameters if one != "kwargs"]
         for argument in arguments:
             if argument not in [*valid, "name", "dtype"]:
-                near = difflib.get_close_matches(argument, valid, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(valid)}."
                 where = f"input.augment.{name}.{argument}"
+                hint = _nearest(argument, valid)
                 raise LabError(f"{where}: Expected an argument of {name}. Found: {argument}.{hint}")
         try:
             layers.append(known[name](**arguments))

@@ -3,7 +3,6 @@
 TensorFlow is imported when there is something to train.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -64,7 +63,7 @@ def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identit
     plan_file = cell.plan_file(variant, root)
     plan = files.read_json(plan_file)
     card = files.read_json(root / DATA / "card.json")
-    hashes = cell.hashes(hashlib.sha256(plan_file.read_bytes()).hexdigest(), seed, card["digest"], root)
+    hashes = cell.hashes(files.sha256(plan_file), seed, card["digest"], root)
     wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance())
     return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
 

@@ -14,12 +14,12 @@ import h5py
 import pooch
 import requests
 
-from ablation_lab import files
+from ablation_lab import errors, files
 from ablation_lab.errors import LabError
 
 TIMEOUT = (4, 10)  # seconds until connected, seconds without a byte
 ATTEMPTS = 3
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (*errors.FULL, errno.EFBIG)
 PAUSE = 0.5  # seconds before the second attempt, twice as many before the third
 
 
@@ -127,7 +127,7 @@ def _get(place: str, target: Path, wanted: str | None) -> None:
                 raise _Fault(f"{folder}: no such folder", lost=True) from None
             raise _Fault(f"{place}: no such file") from None
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in NO_ROOM:
                 raise OSError(error.errno, error.strerror, str(target)) from None  # no fault of the source's
             raise _Fault(f"{place}: {error.strerror}") from None
         return _check(place, target, wanted)
