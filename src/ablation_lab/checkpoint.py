@@ -127,15 +127,14 @@ class Keeper(keras.callbacks.Callback):
             older.unlink()
 
     def _read(self, network: keras.Model) -> tuple[dict[str, Any], list, list, list] | None:
-        """The state with the most epochs of those that are whole and fit the network."""
+        """The last state that is whole and fits the network."""
         assert self.folder is not None
         network.optimizer.build(network.trainable_variables)
         shapes = [
             [one.shape for one in network.get_weights()],
             [tuple(one.shape) for one in network.optimizer.variables],
         ]
-        found = []
-        for path in sorted(self.folder.glob("*.npz")):
+        for path in sorted(self.folder.glob("*.npz"), reverse=True):
             if files.sha256(path) != path.stem.rpartition("-")[2]:
                 print(f"warning: {path}: broken, and not used", file=sys.stderr)
                 continue
@@ -148,5 +147,5 @@ class Keeper(keras.callbacks.Callback):
             if state["surroundings"] != surroundings():
                 print(f"warning: {path}: of other versions or another device, and not used", file=sys.stderr)
             elif [[one.shape for one in kind] for kind in kinds[:2]] == shapes:
-                found.append((state, *kinds))
-        return max(found, key=lambda one: one[0]["epochs"], default=None)
+                return state, *kinds
+        return None

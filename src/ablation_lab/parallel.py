@@ -179,7 +179,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     chosen = chosen if job.threads <= share else cores
                     gpu = gpus[slot % len(gpus)] if gpus else None
                     log = logs / f"{job.name}.log"
-                    arguments = (root, job.stage, job.variant, job.seed, code, chosen, gpu, log, theirs)
+                    arguments = (root, job, code, chosen, gpu, log, theirs)
                     process = context.Process(target=_cell, args=arguments, name=job.name, daemon=True)
                     with _deaf():
                         process.start()
@@ -212,15 +212,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
 
 
 def _cell(
-    root: Path,
-    stage: str,
-    variant: str,
-    seed: int,
-    code: dict[str, str],
-    cores: list[int],
-    gpu: str | None,
-    log: Path,
-    told: Connection,
+    root: Path, job: Job, code: dict[str, str], cores: list[int], gpu: str | None, log: Path, told: Connection
 ) -> None:
     """What a process does: train one cell, its output in a file, each epoch told."""
     with log.open("w") as file:
@@ -228,7 +220,7 @@ def _cell(
         os.dup2(file.fileno(), 2)
     os.chdir(root)
     sys.path.insert(0, str(root))
-    os.environ["DVC_STAGE"] = f"{stage}@{variant}-{seed}"
+    os.environ["DVC_STAGE"] = f"{job.stage}@{job.name}"
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if hasattr(os, "sched_setaffinity"):
@@ -238,7 +230,7 @@ def _cell(
             raise LabError(
                 "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
             )
-        runner.prepare(variant, seed, told=told.send)
+        runner.prepare(job.variant, job.seed, told=told.send)
 
 
 def _reason(status: int, log: Path) -> str:
@@ -263,7 +255,6 @@ class _view:
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         self.done: list[Job] = []
-        self.began = time.monotonic()
 
     def __enter__(self) -> "_view":
         if self.console.is_terminal:
@@ -277,7 +268,11 @@ class _view:
 
     def ended(self, job: Job) -> None:
         self.done.append(job)
-        told = f"failed: {job.failure.splitlines()[0]}" if job.failure else f"{job.seconds:.0f} s{_accuracy(job)}"
+        told = (
+            f"failed: {job.failure.splitlines()[0]}"
+            if job.failure
+            else f"{job.seconds:.0f} s{_accuracy(job, ', validation accuracy ')}"
+        )
         line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -290,7 +285,7 @@ class _view:
         for job in running:
             epoch = f"{int(job.row.get('epoch', 0))}/{job.epochs}"
             seconds = f"{time.monotonic() - job.started:.0f}"
-            table.add_row(job.name, epoch, _accuracy(job).removeprefix(", validation accuracy "), seconds)
+            table.add_row(job.name, epoch, _accuracy(job), seconds)
         table.add_row(f"{queued} waiting", "", "", "")
         self.live.update(table)
 
@@ -303,5 +298,5 @@ class _view:
         return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
 
 
-def _accuracy(job: Job) -> str:
-    return f", validation accuracy {job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""
+def _accuracy(job: Job, before: str = "") -> str:
+    return f"{before}{job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""
