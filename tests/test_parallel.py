@@ -61,8 +61,9 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
     passed(run(projects[0], "dvc", "repro"))
     done = run(projects[1], "ablab", "repro", "-j", "2")
     passed(done)
-    assert "3 cells, 2 at a time" in done.stderr and "1 cells, 2 at a time" in done.stderr
-    assert re.search(r"^baseline-0: \d+ s, validation accuracy [\d.]+% \(\d of 3", done.stderr, re.MULTILINE)
+    # no_dropout and same are one training
+    assert "2 cells, 2 at a time" in done.stderr and "1 cells, 2 at a time" in done.stderr
+    assert re.search(r"^baseline-0: \d+ s, validation accuracy [\d.]+% \(\d of 2", done.stderr, re.MULTILINE)
     return projects
 
 
@@ -154,14 +155,16 @@ def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while len(list(project.glob("resume/*/state/*.npz"))) < 2:
+    while len(list(project.glob("resume/*/state"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
-    left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
+    deadline = time.monotonic() + 10  # the process that the others were forked from sees its pipe closed
+    while subprocess.run(["pgrep", "-s", str(process.pid)], stdout=subprocess.DEVNULL, check=False).returncode == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     kept = {path.parents[1].name for path in project.glob("resume/*/state/*.npz")}
     assert len(kept) >= 2
     study["train"]["epochs"] = 2
