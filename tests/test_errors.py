@@ -146,7 +146,10 @@ with errors.explained():
 def test_a_signal_ends_a_command_cleanly(place: Path, number: int, status: int, swallowed: bool):
     command = code(WAITS.format(swallowed=swallowed))
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Whoever runs the tests in the background has it ignored, and what it starts inherits this.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=place, text=True, **streams) as process:
+        signal.signal(signal.SIGINT, before)
         assert process.stdout.readline() == "waits\n"
         process.send_signal(number)
         assert process.wait(20) == status
