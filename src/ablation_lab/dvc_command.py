@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,11 @@ def environment() -> dict[str, str]:
     found["DVC_NO_ANALYTICS"] = "1"
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', '')}"
     return found
+
+
+def call(root: Path, *command: str) -> int:
+    """Run DVC in a project, its output where this process' own goes; the exit status."""
+    return subprocess.run([*DVC, *command], cwd=root, env=environment(), check=False).returncode
 
 
 def mend(root: Path) -> None:

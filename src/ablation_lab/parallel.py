@@ -1,8 +1,7 @@
-"""`dvc repro` with its cells side by side.
+"""Cells side by side on this machine.
 
-DVC says which cells are due. They are trained by processes of their own, each of which leaves its cell in its place
-(`resume.py`); then `dvc repro` takes them from there, as if its stages had trained them. What is kept, locked, cached
-and tracked is what `dvc repro` alone makes.
+They are trained by processes of their own, each of which leaves its cell in its place (`resume.py`), from where DVC's
+stages take it.
 """
 
 import importlib.util
@@ -10,95 +9,34 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-
-from ablation_lab import cell, errors, files, params, resume, runner
-from ablation_lab.dvc_command import DVC, due, environment, mend
+from ablation_lab import cell, errors, resume, runner
 from ablation_lab.errors import LabError
+from ablation_lab.jobs import Engine, Job, View
 
-MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
 
 
-@dataclass
-class Job:
-    """A cell that is due, of the stage `train` or `finetune`: how long it may take in any unit, and how far it is."""
-
-    stage: str
-    variant: str
-    seed: int
-    wanted: str  # the cell's hash: of equal cells one is trained, and DVC's stages share its result
-    cost: float
-    epochs: int
-    threads: int
-    row: dict[str, float] = field(default_factory=dict)
-    started: float = 0
-    seconds: float = 0
-    failure: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}-{self.seed}"
-
-
-def repro(root: Path, jobs: int | None) -> int:
-    """Bring the project up to date, `jobs` cells at a time.
+@contextmanager
+def engine(root: Path, code: dict[str, str]) -> Iterator[Engine]:
+    """What trains cells on this machine; where TensorFlow is imported beforehand, this begins here.
 
     Args:
-        jobs: None for as many as the cores have room for.
-
-    Returns:
-        The exit status: that of `dvc repro`, or 1 when a cell has failed; the others are then kept.
-
-    Raises:
-        LabError: when the code that is running is not the project's.
+        code: the training code that the cells' hashes have (`cell.training_code`).
     """
-    here, own = Path(__file__).resolve().parent, (root / "src" / "ablation_lab").resolve()
-    if here != own:
-        raise LabError(
-            f"{root}: Expected this project's own `ablab`, as its code is part of a cell. Found: that of {here}. "
-            f"Set its environment up (`make setup`) and use it, or set PYTHONPATH to {root / 'src'}."
-        )
-    code = cell.training_code(root)
     context = _context()
-    mend(root)
-    if status := _dvc(root, "repro", "plan"):
-        return status
-    study = params.load(root / "params.yaml")
-    for stage, variants in (("train", study.variants), ("finetune", study.second_names)):
-        if stage == "finetune" and variants and (status := _dvc(root, "repro", "select")):
-            return status
-        cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
-        waiting = [_job(stage, *cells[name], root, code) for name in due(root, list(cells))] if cells else []
-        if not waiting:
-            continue
-        _side_by_side(waiting, jobs or _room(waiting), context, root, code)
-        failed = [job for job in waiting if job.failure]
-        if failed:
-            # What has been trained is kept; DVC alone would try the others once more.
-            good = [f"{job.stage}@{job.name}" for job in waiting if not job.failure]
-            if good:
-                _dvc(root, "repro", "--keep-going", "--single-item", *good)
-            for job in failed:
-                print(f"\nerror: {job.stage}@{job.name}: {job.failure}", file=sys.stderr)
-            return 1
-    return _dvc(root, "repro")
 
+    def train(waiting: list[Job], at_a_time: int | None) -> None:
+        _side_by_side(waiting, at_a_time or _room(waiting), context, root, code)
 
-def _dvc(root: Path, *command: str) -> int:
-    return subprocess.run([*DVC, *command], cwd=root, env=environment(), check=False).returncode
+    yield train
 
 
 def _context() -> Any:
@@ -143,31 +81,15 @@ def _room(waiting: list[Job]) -> int:
     return len(_gpus()) or max(1, len(_cores()) // max(job.threads for job in waiting))
 
 
-def _job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -> Job:
-    file = cell.plan_file(variant, root)
-    plan, card = files.read_json(file), files.read_json(root / runner.DATA / "card.json")
-    facts = files.read_json(cell.plan_file(variant, root, "networks/"))
-    settings = plan["train"]
-    pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
-    pictures = pictures or card["counts"]["train"] * plan["input"]["fraction"]
-    frozen = facts.get("frozen", {"macs": 0, "once": False})
-    macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
-    wanted = cell.cell_hash(files.sha256(file), seed, card["digest"], code)
-    cost = settings["epochs"] * pictures * macs / MACS_A_SECOND + 1
-    return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"])
-
-
 def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code: dict[str, str]) -> None:
-    """Train cells, the longest first; why one has failed is in its `failure`, and in those of its equals."""
-    once = {job.wanted: job for job in reversed(waiting)}
-    queue = sorted(once.values(), key=lambda job: -job.cost)
+    queue = list(waiting)
     cores, gpus = _cores(), _gpus()
     share = max(1, len(cores) // jobs)
     free = list(range(jobs))
     running: dict[int, tuple[Any, Job, int, Connection]] = {}
     logs = root / resume.FOLDER
     logs.mkdir(exist_ok=True)
-    with _view(list(once.values()), jobs) as show:
+    with View(waiting, jobs) as show:
         try:
             while queue or running:
                 while queue and free:
@@ -207,8 +129,6 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
             for process, *_ in running.values():
                 process.join(PATIENCE)
                 process.kill()
-    for job in waiting:
-        job.failure = once[job.wanted].failure
 
 
 def _cell(
@@ -220,7 +140,7 @@ def _cell(
         os.dup2(file.fileno(), 2)
     os.chdir(root)
     sys.path.insert(0, str(root))
-    os.environ["DVC_STAGE"] = f"{job.stage}@{job.name}"
+    os.environ["DVC_STAGE"] = job.stage_name
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if hasattr(os, "sched_setaffinity"):
@@ -245,58 +165,3 @@ def _reason(status: int, log: Path) -> str:
         return "\n".join(lines[told[-1] :]).removeprefix("error: ")
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
     return f"{(raised or lines)[-1]} (all of it: {log})"
-
-
-class _view:
-    """What is shown: on a terminal the cells that run, their epochs and accuracies; elsewhere a line a finished one."""
-
-    def __init__(self, waiting: list[Job], jobs: int):
-        self.all, self.jobs = waiting, jobs
-        self.console = Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
-        self.done: list[Job] = []
-
-    def __enter__(self) -> "_view":
-        if self.console.is_terminal:
-            self.live.start()
-        else:
-            print(f"{len(self.all)} cells, {self.jobs} at a time", file=sys.stderr, flush=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    def ended(self, job: Job) -> None:
-        self.done.append(job)
-        told = (
-            f"failed: {job.failure.splitlines()[0]}"
-            if job.failure
-            else f"{job.seconds:.0f} s{_accuracy(job, ', validation accuracy ')}"
-        )
-        line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def refresh(self, running: list[Job], queued: int) -> None:
-        if not self.console.is_terminal:
-            return
-        table = Table(box=None, title_justify="left", title=f"{len(self.done)} of {len(self.all)} cells{self._left()}")
-        for heading in ("cell", "epoch", "validation accuracy", "seconds"):
-            table.add_column(heading, justify="left" if heading == "cell" else "right")
-        for job in running:
-            epoch = f"{int(job.row.get('epoch', 0))}/{job.epochs}"
-            seconds = f"{time.monotonic() - job.started:.0f}"
-            table.add_row(job.name, epoch, _accuracy(job), seconds)
-        table.add_row(f"{queued} waiting", "", "", "")
-        self.live.update(table)
-
-    def _left(self) -> str:
-        known = [job for job in self.done if not job.failure]
-        if not known:
-            return ""
-        rest = sum(job.cost for job in self.all if job not in self.done)
-        spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
-        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
-
-
-def _accuracy(job: Job, before: str = "") -> str:
-    return f"{before}{job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""

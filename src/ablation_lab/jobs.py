@@ -1,0 +1,121 @@
+"""The cells that are due, and what is shown of them while they are trained side by side."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ablation_lab import cell, files, runner
+
+MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
+
+
+@dataclass
+class Job:
+    """A cell that is due, of the stage `train` or `finetune`: how long it may take in any unit, and how far it is."""
+
+    stage: str
+    variant: str
+    seed: int
+    wanted: str  # the cell's hash: of equal cells one is trained, and DVC's stages share its result
+    cost: float
+    epochs: int
+    threads: int
+    equal: list[str] = field(default_factory=list)  # the stages that share its result, its own among them
+    row: dict[str, float] = field(default_factory=dict)
+    started: float = 0
+    seconds: float = 0
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    @property
+    def stage_name(self) -> str:
+        """What DVC calls it."""
+        return f"{self.stage}@{self.name}"
+
+
+class Engine(Protocol):
+    """What trains cells side by side, in the order given; why one has failed is in its job's `failure`.
+
+    How many at a time: None for as many as there is room for.
+    """
+
+    def __call__(self, waiting: list[Job], at_a_time: int | None, /) -> None: ...
+
+
+def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -> Job:
+    """A cell that is due, from its plan."""
+    file = cell.plan_file(variant, root)
+    plan, card = files.read_json(file), files.read_json(root / runner.DATA / "card.json")
+    facts = files.read_json(cell.plan_file(variant, root, "networks/"))
+    settings = plan["train"]
+    pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
+    pictures = pictures or card["counts"]["train"] * plan["input"]["fraction"]
+    frozen = facts.get("frozen", {"macs": 0, "once": False})
+    macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
+    wanted = cell.cell_hash(files.sha256(file), seed, card["digest"], code)
+    cost = settings["epochs"] * pictures * macs / MACS_A_SECOND + 1
+    return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"])
+
+
+class View:
+    """What is shown: on a terminal the cells that run, their epochs and accuracies; elsewhere a line a finished one."""
+
+    def __init__(self, waiting: list[Job], jobs: int):
+        self.all, self.jobs = waiting, jobs
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+        self.done: list[Job] = []
+
+    def __enter__(self) -> "View":
+        if self.console.is_terminal:
+            self.live.start()
+        else:
+            print(f"{len(self.all)} cells, {self.jobs} at a time", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def ended(self, job: Job) -> None:
+        self.done.append(job)
+        told = (
+            f"failed: {job.failure.splitlines()[0]}"
+            if job.failure
+            else f"{job.seconds:.0f} s{_accuracy(job, ', validation accuracy ')}"
+        )
+        line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def refresh(self, running: list[Job], queued: int) -> None:
+        if not self.console.is_terminal:
+            return
+        table = Table(box=None, title_justify="left", title=f"{len(self.done)} of {len(self.all)} cells{self._left()}")
+        for heading in ("cell", "epoch", "validation accuracy", "seconds"):
+            table.add_column(heading, justify="left" if heading == "cell" else "right")
+        for job in running:
+            epoch = f"{int(job.row.get('epoch', 0))}/{job.epochs}"
+            seconds = f"{time.monotonic() - job.started:.0f}"
+            table.add_row(job.name, epoch, _accuracy(job), seconds)
+        table.add_row(f"{queued} waiting", "", "", "")
+        self.live.update(table)
+
+    def _left(self) -> str:
+        known = [job for job in self.done if not job.failure]
+        if not known:
+            return ""
+        rest = sum(job.cost for job in self.all if job not in self.done)
+        spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
+        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
+
+
+def _accuracy(job: Job, before: str = "") -> str:
+    return f"{before}{job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""

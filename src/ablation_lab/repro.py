@@ -1,0 +1,75 @@
+"""`dvc repro` with its cells side by side.
+
+DVC says which cells are due. An engine trains them, on this machine (`parallel.py`) or on a cluster (`cluster.py`);
+then `dvc repro` takes them, as if its stages had trained them. What is kept, locked, cached and tracked is what
+`dvc repro` alone makes.
+"""
+
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ablation_lab import cell, jobs, params
+from ablation_lab.dvc_command import call, due, mend
+from ablation_lab.errors import LabError
+
+
+def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str | None = None) -> int:
+    """Bring the project up to date.
+
+    Args:
+        at_a_time: cells; None for as many as there is room for.
+        engine: `local` or `ray`.
+        address: of a Ray cluster; None starts one on this machine, for this call.
+
+    Returns:
+        The exit status: that of `dvc repro`, or 1 when a cell has failed; the others are then kept.
+
+    Raises:
+        LabError: when the code that is running is not the project's.
+    """
+    here, own = Path(__file__).resolve().parent, (root / "src" / "ablation_lab").resolve()
+    if here != own:
+        raise LabError(
+            f"{root}: Expected this project's own `ablab`, as its code is part of a cell. Found: that of {here}. "
+            f"Set its environment up (`make setup`) and use it, or set PYTHONPATH to {root / 'src'}."
+        )
+    code = cell.training_code(root)
+    with _engine(engine, address, root, code) as train:
+        mend(root)
+        if status := call(root, "repro", "plan"):
+            return status
+        study = params.load(root / "params.yaml")
+        for stage, variants in (("train", study.variants), ("finetune", study.second_names)):
+            if stage == "finetune" and variants and (status := call(root, "repro", "select")):
+                return status
+            cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
+            waiting = [jobs.job(stage, *cells[name], root, code) for name in due(root, list(cells))] if cells else []
+            if not waiting:
+                continue
+            once = {job.wanted: job for job in reversed(waiting)}
+            for job in waiting:
+                once[job.wanted].equal.append(job.stage_name)
+            train(sorted(once.values(), key=lambda job: -job.cost), at_a_time)
+            for job in waiting:
+                job.failure = once[job.wanted].failure
+            failed = [job for job in waiting if job.failure]
+            if failed:
+                # What has been trained is kept; DVC alone would try the others once more.
+                good = [job.stage_name for job in waiting if not job.failure]
+                if good:
+                    call(root, "repro", "--keep-going", "--single-item", *good)
+                for job in failed:
+                    print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
+                return 1
+    return call(root, "repro")
+
+
+def _engine(name: str, address: str | None, root: Path, code: dict[str, str]) -> AbstractContextManager[jobs.Engine]:
+    if name == "ray":
+        from ablation_lab import cluster
+
+        return cluster.engine(root, code, address)
+    from ablation_lab import parallel
+
+    return parallel.engine(root, code)
