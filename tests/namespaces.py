@@ -75,3 +75,8 @@ def small_disk(folder: Path, size: int, *command: str) -> tuple[str, ...]:
     exit $status
     """
     return _mounted(script, str(folder), str(size), *command)
+
+
+def hidden(folder: Path, *command: str) -> tuple[str, ...]:
+    """The command that runs another one to which a folder is empty."""
+    return _mounted('mount -t tmpfs tmpfs "$1"; shift; exec "$@"', str(folder), *command)

@@ -198,13 +198,24 @@ def repro(
     jobs: Annotated[
         str, typer.Option("-j", "--jobs", help="Cells at a time; auto: as many as there is room for.")
     ] = "auto",
+    engine: Annotated[
+        str, typer.Option("--engine", help="local: processes on this machine; ray: a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The cluster's, such as 10.0.0.1:6379; else one is started on this machine."),
+    ] = None,
 ) -> None:
     """What `dvc repro` does, with cells side by side."""
-    from ablation_lab import parallel
+    from ablation_lab import repro as reproducing
 
     if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
         raise LabError(f"--jobs: Expected a number of cells, or auto. Found: {jobs}.")
-    sys.exit(parallel.repro(_project(), None if jobs == "auto" else int(jobs)))
+    if engine not in ("local", "ray"):
+        raise LabError(f"--engine: Expected local or ray. Found: {engine}.")
+    if address and engine == "local":
+        raise LabError("--address: Expected --engine ray with it. Found: the engine local.")
+    sys.exit(reproducing.repro(_project(), None if jobs == "auto" else int(jobs), engine, address))
 
 
 @app.command()

@@ -6,6 +6,7 @@ TensorFlow is imported when there is something to train.
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,34 +43,50 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | N
     return result
 
 
-def prepare(variant: str, seed: int, root: Path = Path(), told: Told = lambda row: None) -> None:
+def prepare(
+    variant: str,
+    seed: int,
+    root: Path = Path(),
+    told: Told = lambda row: None,
+    tracked: bool = True,
+    made: dict[str, str] | None = None,
+) -> None:
     """Train a cell and leave it in its place, from where its stage takes it.
 
     Args:
         told: called after each epoch with its row of `history.csv` and `epoch_seconds`.
+        tracked: whether MLflow is told while it is trained; if not, the stage `track` tells it all.
+        made: what this process can't know of what the cell is made with, such as the commit on another machine.
     """
-    identity, hashes = identify(variant, seed, root)
+    identity, hashes = identify(variant, seed, root, made)
     out = cell.folder(variant, seed, root)
     before = cell.is_finished(out, identity.cell_hash)
     with resume.place(identity.cell_hash, wait=True) as place:
         if not before and cell.is_finished(out, identity.cell_hash):
             return  # by the process that was waited for
-        make(identity, hashes, place, root, told)
+        make(identity, hashes, place, root, told, tracked)
         resume.leave(place)
 
 
-def identify(variant: str, seed: int, root: Path = Path()) -> tuple[live.Identity, dict[str, str]]:
+def identify(
+    variant: str, seed: int, root: Path = Path(), made: dict[str, str] | None = None
+) -> tuple[live.Identity, dict[str, str]]:
     """What a cell's run in MLflow is told, and the hashes that `cell.json` holds."""
     plan_file = cell.plan_file(variant, root)
     plan = files.read_json(plan_file)
     card = files.read_json(root / DATA / "card.json")
     hashes = cell.hashes(files.sha256(plan_file), seed, card["digest"], root)
-    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance())
+    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance() | (made or {}))
     return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
 
 
 def make(
-    identity: live.Identity, hashes: dict[str, str], place: Path, root: Path, told: Told = lambda row: None
+    identity: live.Identity,
+    hashes: dict[str, str],
+    place: Path,
+    root: Path,
+    told: Told = lambda row: None,
+    tracked: bool = True,
 ) -> None:
     """Train a cell in its place, unless it is there. A cell that another variant has finished already, under the same
     plan, data, code and seed, is shared. A cell of the second phase starts from the weights of the selected variant's
@@ -78,25 +95,28 @@ def make(
     if resume.is_ready(place, identity.cell_hash):
         print(f"{identity.name}: trained already")
         return
-    with live.cell_run(identity) as run:
+    with live.cell_run(identity) if tracked else nullcontext() as run:
         out = cell.folder(identity.variant, identity.seed, root)
         twin = cell.finished_twin(root / "cells", out, identity.cell_hash)
         with files.whole(ready) as folder:
             if twin:
                 print(f"{identity.name}: the same training as {twin.parent.name}-{identity.seed}, result shared")
                 shutil.copytree(twin, folder, dirs_exist_ok=True)
-                for row in cell.history(folder):
-                    run.epoch(row)
+                if run:
+                    for row in cell.history(folder):
+                        run.epoch(row)
             else:
 
                 def report(row: dict[str, float]) -> None:
-                    run.epoch(row)
+                    if run:
+                        run.epoch(row)
                     told(row)
 
                 _train(identity, hashes, place, folder, report, root)
             files.flush(folder)
         result = files.read_json(ready / cell.RESULT)
-        run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
+        if run:
+            run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
 
 
 def _train(

@@ -1,0 +1,189 @@
+"""Cells side by side on a Ray cluster: an existing one, or one that is started on this machine for the call.
+
+Each cell is a task with its need of cores and GPUs. Nodes work in folders of their own (`node.py`) and share results
+through DVC's cache, in a folder that all see or by a remote, from where the head's `dvc repro` takes them. The cell of
+a node that is lost is given to another one, and goes on from its last state.
+"""
+
+import hashlib
+import io
+import os
+import socket
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ablation_lab import cell, files, node
+from ablation_lab.dvc_command import call
+from ablation_lab.errors import LabError
+from ablation_lab.jobs import Engine, Job, View
+from ablation_lab.tracking import live
+
+# What a node needs of the project beside data and plans, which are in DVC's cache.
+SENT = ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", "stages", "src/ablation_lab", "networks", "weights")
+NEEDED = ("data/processed", "plan")
+REACHED = 10  # seconds for a cluster's first answer
+TRIES = 3  # more, of a cell whose node or process is lost; its own errors end it at once
+
+
+@contextmanager
+def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[Engine]:
+    """What trains cells on a Ray cluster.
+
+    Args:
+        code: the training code that the cells' hashes have (`cell.training_code`).
+        address: as `ray start` tells it; None starts a cluster of this machine's cores and GPUs.
+
+    Raises:
+        LabError: without Ray, or when the cluster can't be reached.
+    """
+    ray = _ray()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
+    here = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    try:
+        if address:
+            _knock(address)
+        ray.init(address=address or "local", **quiet, **here)
+    except (OSError, RuntimeError, ValueError) as error:
+        found = str(error).strip().partition("\n")[0]
+        raise LabError(
+            f"--address: Expected the address of a running Ray cluster with this Python and Ray {ray.__version__}, "
+            f"such as `ray start --head` tells. Found: {address or 'none'} ({found})."
+        ) from None
+
+    def train(waiting: list[Job], at_a_time: int | None) -> None:
+        if cell.training_code(root) != code:
+            raise LabError(
+                "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
+            )
+        _side_by_side(waiting, at_a_time, root)
+
+    try:
+        yield train
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise LabError(
+            "--engine ray: Expected Ray in this environment. Found: none. Install it on every node: "
+            "`make setup` does, or `pip install 'ablation-lab[ray]'`."
+        ) from None
+    return ray
+
+
+def _knock(address: str) -> None:
+    """See whether somebody is there: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():  # `auto` is Ray's to find
+        socket.create_connection((host, int(port)), timeout=REACHED).close()
+
+
+def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None:
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(node)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    board: Any = ray.remote(num_cpus=0)(node.Board).remote()
+    task = ray.remote(max_calls=1, max_retries=TRIES)(node.work)  # a process each: its threads are fixed at its start
+    sent = _sent(root, waiting)
+    queue = list(waiting)
+    running: dict[Any, Job] = {}
+    project = ray.put(sent)
+    with View(waiting, at_a_time or _room(waiting, gpus)) as show:
+        try:
+            while queue or running:
+                while queue and len(running) < (at_a_time or len(waiting)):
+                    job = queue.pop(0)
+                    job.started = time.monotonic()
+                    asked = task.options(num_cpus=job.threads, num_gpus=1 if gpus else 0, name=job.name)
+                    running[asked.remote(project, _told(job, root), board)] = job
+                done, _ = ray.wait(list(running), timeout=1)
+                for name, row in ray.get(board.read.remote()).items():
+                    next(job for job in waiting if job.name == name).row = row
+                for one in done:
+                    job = running.pop(one)
+                    _take(job, one)
+                    show.ended(job)
+                trained = [job for job in running.values() if job.row]
+                show.refresh(trained, len(queue) + len(running) - len(trained))
+        finally:
+            for one in running:
+                ray.cancel(one, force=True)
+    if sent["config"]["core"].get("remote"):
+        call(
+            root, "fetch", "--run-cache", "--quiet", *(name for job in waiting for name in job.equal if not job.failure)
+        )
+
+
+def _take(job: Job, done: Any) -> None:
+    import ray
+
+    try:
+        result = ray.get(done)
+    except ray.exceptions.RayError as error:
+        # The last line says what; all of it is about Ray's own.
+        job.failure = f"lost with its process or node, {TRIES + 1} times: {str(error).strip().splitlines()[-1]}"
+        return
+    job.seconds, job.failure = result["seconds"], result["failure"]
+
+
+def _room(waiting: list[Job], gpus: float) -> int:
+    import ray
+
+    return int(gpus or max(1, ray.cluster_resources().get("CPU", 1) // max(job.threads for job in waiting)))
+
+
+def _told(job: Job, root: Path) -> dict[str, Any]:
+    needs = list(NEEDED)
+    if job.stage == "finetune":
+        start = cell.folder(files.read_json(cell.start_file(job.seed, root))["variant"], job.seed)
+        needs += [cell.SELECTION, start.as_posix()]
+    return {"name": job.name, "variant": job.variant, "seed": job.seed, "stages": job.equal, "needs": needs}
+
+
+def _sent(root: Path, waiting: list[Job]) -> dict[str, Any]:
+    """What nodes are given of the project, and where they share results."""
+    from dvc.repo import Repo
+
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name in SENT:
+            if (root / name).exists():
+                tar.add(root / name, name, filter=_wanted)
+    with Repo(root) as repo:
+        cache = Path(repo.cache.local_cache_dir)
+        config = {section: dict(repo.config[section]) for section in ("core", "cache")}
+        config |= {f'remote "{name}"': dict(one) for name, one in repo.config["remote"].items()}
+    project = hashlib.sha256(f"{socket.gethostname()}:{root.resolve()}".encode()).hexdigest()[:16]
+    proof = os.urandom(16).hex()
+    shared = cache / node.SHARED / project
+    shared.mkdir(parents=True, exist_ok=True)
+    (shared / node.PROOF).write_text(proof)
+    if config["core"].get("remote"):
+        call(root, "push", "--quiet", *sorted({need for job in waiting for need in _told(job, root)["needs"]}))
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    tracked = "://" in uri and not uri.startswith(("sqlite:", "file:"))  # a server, that nodes reach too
+    passed_on = ("ABLAB_DATA_MIRROR", *(("MLFLOW_",) if tracked else ()))
+    return {
+        "tar": packed.getvalue(),
+        "digest": hashlib.sha256(packed.getvalue()).hexdigest(),
+        "project": project,
+        "cache": str(cache),
+        "proof": proof,
+        "config": config,
+        "made": live.provenance(),
+        "tracked": tracked,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(passed_on)},
+    }
+
+
+def _wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in member.name or member.name.endswith((".egg-info", ".part")) else member
