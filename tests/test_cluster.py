@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from test_parallel import phases
 
 from ablation_lab import node
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 DOCS = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
@@ -38,14 +39,15 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("", 0))
             self.port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
+        here = ray.util.get_node_ip_address()
+        self.here, self.address = here, f"{here}:{self.port}"
         self.raylets: dict[str, int] = {}
 
     def start(self, name: str, *before: str, head: bool = False, cores: int = 1) -> None:
         command = (
-            documented("ray start --head", **{"--port=6379": f"--port={self.port}", "10.0.0.1": "127.0.0.1"})
+            documented("ray start --head", **{"--port=6379": f"--port={self.port}", "10.0.0.1": self.here})
             if head
             else documented("ray start --address=", **{"10.0.0.1:6379": self.address})
         )
@@ -70,6 +72,13 @@ class Cluster:
             ["pgrep", "-f", f"raylet/raylet .*{self.port}"], capture_output=True, text=True, check=False
         )
         return {int(one) for one in found.stdout.split()}
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    """What Ray lets a client in by, and else keeps in the user's home."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
     """
     ray = _ray()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # nobody else on this machine may use a cluster of ours
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
     here = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
