@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from ablation_lab.errors import LabError
 
 
 @contextmanager
@@ -29,6 +32,9 @@ os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 for _name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
     os.environ.pop(_name, None)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Where a training is compiled with XLA on a GPU, each sum in one order. Other flags stay: they tell where CUDA is, say.
+if "--xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 # What is imported stays: Python needn't look for garbage among it while it is made, nor when the process ends. That
 # takes two seconds of each cell.
 gc.disable()
@@ -69,6 +75,11 @@ def set_up(threads: int) -> str:
     return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
 
 
+def has_gpu() -> bool:
+    """Whether a GPU trains."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def surroundings() -> list[str]:
     """What results depend on beside settings, data and code: versions, and GPUs."""
     gpus = [str(tf.config.experimental.get_device_details(one)) for one in tf.config.list_physical_devices("GPU")]
@@ -80,10 +91,51 @@ def use_cpu_only() -> None:
     tf.config.set_visible_devices([], "GPU")
 
 
-def compile_with_xla() -> bool | str:
-    """Whether to compile steps with XLA: `auto` on a GPU; never on the CPU, where small networks get 2 to 4 times
-    slower."""
-    return "auto" if tf.config.list_physical_devices("GPU") else False
+@contextmanager
+def precision(policy: str) -> Iterator[None]:
+    """Layers that are made in here compute in this precision (`train.precision`); others aren't concerned.
+
+    Args:
+        policy: `float32`; `mixed_float16` or `mixed_bfloat16`, whose weights are float32 all the same.
+    """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def compile_network(network: keras.Model, xla: bool | str, **how: Any) -> None:
+    """Compile a network as Keras does.
+
+    Args:
+        xla: `train.xla`. `auto` leaves it to Keras on a GPU, and is no XLA on the CPU, where small networks get 2 to 4
+            times slower. Keras in turn uses none while operations are deterministic, as XLA can't do all of them so.
+        how: the other arguments of Keras' `compile`.
+    """
+    network.compile(**how, jit_compile="auto" if xla == "auto" and has_gpu() else False)
+    if xla is True:
+        network._jit_compile = True  # Keras would refuse it; what XLA can't do deterministically, it says itself
+
+
+@contextmanager
+def xla_explained(xla: bool | str) -> Iterator[None]:
+    """What XLA can't compile, as a mistake in the study.
+
+    Raises:
+        LabError: where `train.xla` is true and TensorFlow finds no implementation.
+    """
+    try:
+        yield
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+        if xla is not True:
+            raise
+        passing = ("Graph execution error", "Detected at", "<stack", "Stack trace", "\t")
+        told = [line for line in str(error).splitlines() if line and not line.startswith(passing)]
+        raise LabError(
+            f"train.xla: Expected auto or false, as XLA can't do all of this training. Found: true; {told[0][:300]}"
+        ) from error
 
 
 def save_weights(network: keras.Model, path: Path) -> None:

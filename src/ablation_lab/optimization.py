@@ -12,8 +12,11 @@ from ablation_lab.errors import LabError
 from ablation_lab.models.layers import reason
 
 
-def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
+def optimizer(settings: dict[str, Any], precision: str = "float32") -> keras.optimizers.Optimizer:
     """Build an optimizer from `name` and its constructor's arguments.
+
+    Args:
+        precision: with `mixed_float16` the loss is scaled, so that small gradients don't become 0.
 
     Raises:
         LabError: for a name or an argument that Keras doesn't know.
@@ -26,7 +29,9 @@ def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
         kind = _find(rate["name"], vars(keras.optimizers.schedules), SCHEDULE, where, "schedule")
         arguments["learning_rate"] = _construct(kind, schedule, where)
     kind = _find(settings["name"], vars(keras.optimizers), keras.optimizers.Optimizer, "train.optimizer", "optimizer")
-    return _construct(Adam if kind is keras.optimizers.Adam else kind, arguments, "train.optimizer")
+    kind = Adam if kind is keras.optimizers.Adam else kind
+    found = _construct(kind, arguments, "train.optimizer")
+    return keras.optimizers.LossScaleOptimizer(found) if precision == "mixed_float16" else found
 
 
 class Adam(keras.optimizers.Adam):

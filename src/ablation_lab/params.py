@@ -327,7 +327,10 @@ class Train(Section):
     """How a network is trained. `keep: best` takes the weights of the epoch with the best `monitor` on the validation
     part, `last` those of the last epoch. `steps_per_epoch: null` is one pass over the training part. `class_weights`
     weigh the training pictures' losses by class, `balanced` so that all classes weigh the same. `threads` is the
-    number of CPU threads of a cell: results depend on it."""
+    number of CPU threads of a cell: results depend on it.
+
+    `precision` is what layers compute in, `xla` whether steps are compiled with XLA (`auto` leaves it to Keras on a
+    GPU, and never does on the CPU)."""
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
@@ -348,6 +351,8 @@ class Train(Section):
         | None
     ) = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
+    xla: Literal["auto"] | bool = "auto"
 
 
 class Reported(Section):

@@ -65,7 +65,8 @@ def train(
     shuffled = pipeline.Shuffled(train_part, settings["batch_size"], settings["steps_per_epoch"], seed)
     form = optimization.label_form(settings, models.output(model))
 
-    network = models.build(model, plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
+    with backend.precision(settings["precision"]):
+        network = models.build(model, plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
     if start is not None:
         network.load_weights(start)
     elif plan.get("weights"):
@@ -75,15 +76,17 @@ def train(
         prefix, whole, trained = frozen.split(network, trained)
         found = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name, features)
         arrays = replace(arrays, inputs=found)
-    whole.compile(jit_compile=backend.compile_with_xla())  # for its predictions, where it isn't what is trained
+    backend.compile_network(whole, settings["xla"])  # for its predictions, where it isn't what is trained
     trainer = _augmented(trained, plan["input"]["augment"])
-    trainer.compile(
-        optimizer=optimization.optimizer(settings["optimizer"]),
+    untrained = trainer.get_weights()
+    backend.compile_network(
+        trainer,
+        settings["xla"],
+        optimizer=optimization.optimizer(settings["optimizer"], settings["precision"]),
         loss=optimization.loss(settings, models.output(model)),
         metrics=["accuracy"],
-        jit_compile=backend.compile_with_xla(),
+        auto_scale_loss=False,  # the optimizer does
     )
-    untrained = trainer.get_weights()
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
     keeper = checkpoint.Keeper(state, remembering, started)
@@ -95,17 +98,20 @@ def train(
         print(f"{name}: goes on after epoch {len(recorder.history)}", file=sys.stderr, flush=True)
     # An epoch is told when it is kept: what is known of a training is not trained again.
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(recorder.rows()[-1]))
-    trainer.fit(
-        pipeline.training_batches(arrays, shuffled, min(done, last - 1), last, form),
-        steps_per_epoch=shuffled.steps,
-        epochs=last,
-        initial_epoch=done,
-        validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
-        class_weight=optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part]),
-        callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
-        shuffle=False,  # the batches come shuffled
-        verbose=0,
-    )
+    with backend.xla_explained(settings["xla"]):
+        trainer.fit(
+            pipeline.training_batches(arrays, shuffled, min(done, last - 1), last, form),
+            steps_per_epoch=shuffled.steps,
+            epochs=last,
+            initial_epoch=done,
+            validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
+            class_weight=optimization.class_weights(
+                settings["class_weights"], card["classes"], arrays.labels[train_part]
+            ),
+            callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
+            shuffle=False,  # the batches come shuffled
+            verbose=0,
+        )
 
     # Fitting and model selection are over. Only now what was trained sees the test pictures (or their features), and
     # nothing is scored on them.
