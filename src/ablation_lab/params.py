@@ -330,7 +330,8 @@ class Train(Section):
     number of CPU threads of a cell: results depend on it.
 
     `precision` is what layers compute in, `xla` whether steps are compiled with XLA (`auto` leaves it to Keras on a
-    GPU, and never does on the CPU)."""
+    GPU, and never does on the CPU), `data_on` where the pictures or features are that steps are fed with (`auto` is the
+    device for a GPU with room for them)."""
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
@@ -353,6 +354,7 @@ class Train(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
     xla: Literal["auto"] | bool = "auto"
+    data_on: Literal["auto", "device", "host"] = "auto"
 
 
 class Reported(Section):

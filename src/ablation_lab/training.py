@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, checkpoint, files, frozen, models, optimization, pipeline
+from ablation_lab import backend, cell, checkpoint, feeding, files, frozen, models, optimization, pipeline
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
 
@@ -77,7 +77,9 @@ def train(
         found = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name, features)
         arrays = replace(arrays, inputs=found)
     backend.compile_network(whole, settings["xla"])  # for its predictions, where it isn't what is trained
-    trainer = _augmented(trained, plan["input"]["augment"])
+    stored = feeding.stored(arrays.inputs, settings["data_on"])
+    fed = replace(arrays, inputs=[np.arange(len(arrays.labels))]) if stored else arrays
+    trainer = feeding.before(trained, plan["input"]["augment"], stored)
     untrained = trainer.get_weights()
     backend.compile_network(
         trainer,
@@ -100,11 +102,11 @@ def train(
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(recorder.rows()[-1]))
     with backend.xla_explained(settings["xla"]):
         trainer.fit(
-            pipeline.training_batches(arrays, shuffled, min(done, last - 1), last, form),
+            pipeline.training_batches(fed, shuffled, min(done, last - 1), last, form),
             steps_per_epoch=shuffled.steps,
             epochs=last,
             initial_epoch=done,
-            validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
+            validation_data=pipeline.ordered_batches(fed, arrays.validation, PREDICTION_BATCH, form),
             class_weight=optimization.class_weights(
                 settings["class_weights"], card["classes"], arrays.labels[train_part]
             ),
@@ -128,9 +130,11 @@ def train(
         indices = getattr(arrays, part)
         predictions[f"{part}_probabilities"] = predicted(indices)
         predictions[f"{part}_labels"] = arrays.labels[indices].astype(np.int64)
-    train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, form)
+    train_batches = pipeline.ordered_batches(fed, train_part, PREDICTION_BATCH, form)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
+    if trained is network and not plan["input"]["augment"]:
+        network.optimizer = trainer.optimizer  # the file is the same, wherever pictures were
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     backend.save_weights(network, out / cell.WEIGHTS)
@@ -247,11 +251,3 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self.bar.close()
-
-
-def _augmented(network: keras.Model, augment: dict[str, dict[str, Any]]) -> keras.Model:
-    """The network behind its augmentation layers: same weights, and the network itself stays free of them."""
-    layers = optimization.augmentation(augment)
-    if not layers:
-        return network
-    return keras.Sequential([keras.Input(network.input_shape[1:]), *layers, network])
