@@ -43,7 +43,8 @@ with _quiet_stderr():
     import keras
     import numpy as np
     import tensorflow as tf
-    from keras.src.random.seed_generator import global_seed_generator
+    from keras.src.backend.common.global_state import set_global_attribute
+    from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
     from keras.src.saving import saving_lib
 
     tf.config.list_physical_devices()
@@ -58,22 +59,49 @@ keras.config.set_epsilon(1e-7)
 keras.config.set_image_data_format("channels_last")
 
 
-def set_up(threads: int) -> str:
+def set_up(threads: int, replicas: int | None = None) -> str:
     """Make what follows reproducible on this device; call it once, before the first computation.
 
     Args:
         threads: CPU threads of an operation. One and two threads give different sums, so this is part of a cell.
+        replicas: devices that train together; on a machine without a GPU the CPU stands for all of them. None is one
+            device as it is.
 
     Returns:
-        The device that trains: `CPU`, or the name of the first GPU.
+        What trains: `CPU`, or the name of the first GPU; with `replicas` how many of them.
+
+    Raises:
+        LabError: where there are fewer GPUs than `replicas`.
     """
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
+    if gpus and replicas and len(gpus) < replicas:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        only = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible})"
+        raise LabError(f"train.replicas: Expected at most {len(gpus)}, a GPU for each{only}. Found: {replicas}.")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)  # leave room for other cells on the same GPU
-    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
+    device = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
+    if replicas is None:
+        return device
+    if not gpus:
+        _divide_cpu(replicas)
+    return f"{replicas} × {device}"
+
+
+def _divide_cpu(devices: int) -> None:
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    except RuntimeError:  # TensorFlow has computed something already
+        there = len(tf.config.list_logical_devices("CPU"))
+        if there < devices:
+            raise LabError(
+                f"train.replicas: Expected at most {there}, as many devices as this process has begun with. "
+                f"Found: {devices}. Train it in a process of its own."
+            ) from None
 
 
 def has_gpu() -> bool:
@@ -161,6 +189,12 @@ def save_weights(network: keras.Model, path: Path) -> None:
     path.write_bytes(written.getbuffer())
 
 
+def renew_global_generator() -> None:
+    """Make the generator that `keras.random` uses where no seed is given anew, on all devices of the strategy."""
+    set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    global_seed_generator()
+
+
 def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:
     """Set every random generator of a network (dropout, augmentation), and Keras' own, from a seed and the epoch.
 
@@ -169,4 +203,7 @@ def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:
     states = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
     states.append(global_seed_generator().state)  # what `keras.random` uses in a layer that gives no seed
     for position, state in enumerate(states):
-        state.assign([np.random.SeedSequence([seed, epoch, position]).generate_state(1)[0], 0])
+        # Of several devices each has a state of its own, or all would drop the same of their pictures.
+        for replica, own in enumerate(getattr(state.value, "values", [state])):
+            origin = [seed, epoch, position] + ([replica] if replica else [])
+            own.assign(np.array([np.random.SeedSequence(origin).generate_state(1)[0], 0], np.int64))

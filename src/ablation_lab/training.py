@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, checkpoint, feeding, files, frozen, models, optimization, pipeline
+from ablation_lab import backend, cell, checkpoint, distribution, feeding, files, frozen, models, optimization, pipeline
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
 
@@ -56,7 +56,8 @@ def train(
     """
     started, clock = time.time(), time.perf_counter()
     settings, model = plan["train"], plan["model"]
-    device = backend.set_up(settings["threads"])
+    replicas = settings["replicas"]
+    device = backend.set_up(settings["threads"], replicas)
     keras.utils.clear_session()  # names are counted, and they are part of what is written
     keras.utils.set_random_seed(seed)
     card = files.read_json(data / "card.json")
@@ -77,39 +78,47 @@ def train(
         found = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name, features)
         arrays = replace(arrays, inputs=found)
     backend.compile_network(whole, settings["xla"])  # for its predictions, where it isn't what is trained
-    stored = feeding.stored(arrays.inputs, settings["data_on"])
+    stored = feeding.stored(arrays.inputs, settings["data_on"]) if not replicas else None
     fed = replace(arrays, inputs=[np.arange(len(arrays.labels))]) if stored else arrays
     trainer = feeding.before(trained, plan["input"]["augment"], stored)
     untrained = trainer.get_weights()
-    backend.compile_network(
-        trainer,
-        settings["xla"],
-        optimizer=optimization.optimizer(settings["optimizer"], settings["precision"]),
-        loss=optimization.loss(settings, models.output(model)),
-        metrics=["accuracy"],
-        auto_scale_loss=False,  # the optimizer does
-    )
+    fitted = distribution.mirrored(trainer, replicas) if replicas else trainer
+    for one in [trainer, fitted] if replicas else [trainer]:
+        with one.distribute_strategy.scope():
+            backend.compile_network(
+                one,
+                settings["xla"],
+                optimizer=optimization.optimizer(settings["optimizer"], settings["precision"], one is not trainer),
+                loss=optimization.loss(settings, models.output(model)),
+                metrics=["accuracy"],
+                auto_scale_loss=False,  # the optimizer does
+            )
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
     keeper = checkpoint.Keeper(state, remembering, started)
     last = settings["epochs"]
-    done = min(keeper.load(trainer), last)
+    done = min(keeper.load(fitted), last)
     for row in recorder.rows():
         report(row)
     if recorder.history:
         print(f"{name}: goes on after epoch {len(recorder.history)}", file=sys.stderr, flush=True)
+    class_weights = optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part])
+    epochs = (min(done, last - 1), last)
+    if replicas:
+        batches = pipeline.shared_batches(fed, shuffled, *epochs, form, replicas, class_weights)
+        batches, class_weights = distribution.distributed(fitted, batches), None
+    else:
+        batches = pipeline.training_batches(fed, shuffled, *epochs, form)
     # An epoch is told when it is kept: what is known of a training is not trained again.
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(recorder.rows()[-1]))
     with backend.xla_explained(settings["xla"]):
-        trainer.fit(
-            pipeline.training_batches(fed, shuffled, min(done, last - 1), last, form),
+        fitted.fit(
+            batches,
             steps_per_epoch=shuffled.steps,
             epochs=last,
             initial_epoch=done,
             validation_data=pipeline.ordered_batches(fed, arrays.validation, PREDICTION_BATCH, form),
-            class_weight=optimization.class_weights(
-                settings["class_weights"], card["classes"], arrays.labels[train_part]
-            ),
+            class_weight=class_weights,
             callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
             shuffle=False,  # the batches come shuffled
             verbose=0,
@@ -134,7 +143,7 @@ def train(
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
     if trained is network and not plan["input"]["augment"]:
-        network.optimizer = trainer.optimizer  # the file is the same, wherever pictures were
+        network.optimizer = fitted.optimizer  # the file is the same, wherever pictures were and on how many devices
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     backend.save_weights(network, out / cell.WEIGHTS)
@@ -193,7 +202,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         backend.set_generator_states(self.model, self.seed, epoch)
-        self._learning_rate = float(self.model.optimizer.learning_rate)
+        self._learning_rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self._started = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
