@@ -136,6 +136,11 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         ),
         (("variants", "x"), {"model": {"dropout": 0}, "reported": {"accuracy": 1}}, "Did you mean test_accuracy?"),
         (("data",), 3, "data: Expected a mapping of names to values. Found: 3."),
+        (("train", "strategy"), "miror", "Expected 'single' or 'mirrored'. Found: \"miror\". Did you mean mirrored?"),
+        (("train", "replicas"), 2, "train.replicas: Expected none, as train.strategy is single"),
+        (("train", "precision"), "mixed_float", "Did you mean mixed_float16?"),
+        (("train", "xla"), "yes", "train.xla: Expected 'auto' or a valid boolean"),
+        (("train", "data_on"), "gpu", "train.data_on: Expected 'auto', 'device' or 'host'"),
         (("train", "epochs"), 10**30, "train.epochs: Expected a value less than or equal to 100000. Found: 1"),
         (("train", "batch_size"), 10**12, "train.batch_size: Expected a value less than or equal to 65536."),
         (("data", "image_size"), [100_000, 9], "data.image_size.0: Expected a value less than or equal to 4096."),
@@ -292,3 +297,28 @@ def test_mistakes_of_a_transfer_study_are_told(path, value, message):
 def test_a_backbones_preprocessing_needs_a_backbone():
     with pytest.raises(LabError, match=r"input.rescale: Expected unit, symmetric or none, as there is no backbone"):
         params.validate(changed("input", "rescale", to="backbone"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replicas": 65}, "train.replicas: Expected a value less than or equal to 64. Found: 65."),
+        ({"replicas": 5}, "train.batch_size: Expected a multiple of 5, the number of train.replicas"),
+        ({"batch_size": 1}, "train.batch_size: Expected a multiple of 2"),
+        ({"xla": True}, "train.xla: Expected auto or false, as train.strategy is mirrored. Found: true."),
+        ({"data_on": "device"}, "train.data_on: Expected auto or host, as train.strategy is mirrored"),
+    ],
+)
+def test_what_several_devices_cannot_do(settings, message):
+    study = changed("variants", "two", to={"train": {"strategy": "mirrored"} | settings})
+    with pytest.raises(LabError) as caught:
+        params.validate(study)
+    assert f"variants.two.{message}" in str(caught.value)
+
+
+def test_two_devices_are_meant_where_no_number_is_given():
+    given = {"strategy": "mirrored"}
+    study = changed("variants", to={"baseline": {}, "a": {"train": given}, "b": {"train": given | {"replicas": 2}}})
+    variants = params.validate(study).variants
+    assert variants["a"].resolved() == variants["b"].resolved()
+    assert variants["baseline"].resolved()["train"]["replicas"] is None

@@ -4,10 +4,14 @@ import atexit
 import gc
 import io
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from ablation_lab.errors import LabError
 
 
 @contextmanager
@@ -29,6 +33,9 @@ os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 for _name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
     os.environ.pop(_name, None)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Where a training is compiled with XLA on a GPU, each sum in one order. Other flags stay: they tell where CUDA is, say.
+if "--xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 # What is imported stays: Python needn't look for garbage among it while it is made, nor when the process ends. That
 # takes two seconds of each cell.
 gc.disable()
@@ -36,7 +43,8 @@ with _quiet_stderr():
     import keras
     import numpy as np
     import tensorflow as tf
-    from keras.src.random.seed_generator import global_seed_generator
+    from keras.src.backend.common.global_state import set_global_attribute
+    from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
     from keras.src.saving import saving_lib
 
     tf.config.list_physical_devices()
@@ -51,22 +59,66 @@ keras.config.set_epsilon(1e-7)
 keras.config.set_image_data_format("channels_last")
 
 
-def set_up(threads: int) -> str:
+def set_up(threads: int, replicas: int | None = None) -> str:
     """Make what follows reproducible on this device; call it once, before the first computation.
 
     Args:
         threads: CPU threads of an operation. One and two threads give different sums, so this is part of a cell.
+        replicas: devices that train together; on a machine without a GPU the CPU stands for all of them. None is one
+            device as it is.
 
     Returns:
-        The device that trains: `CPU`, or the name of the first GPU.
+        What trains: `CPU`, or the name of the first GPU; with `replicas` how many of them.
+
+    Raises:
+        LabError: where there are fewer GPUs than `replicas`.
     """
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
+    if gpus and replicas and len(gpus) < replicas:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        only = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible})"
+        raise LabError(f"train.replicas: Expected at most {len(gpus)}, a GPU for each{only}. Found: {replicas}.")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)  # leave room for other cells on the same GPU
-    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
+    device = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "CPU"
+    if replicas is None:
+        return device
+    if not gpus:
+        _divide_cpu(replicas)
+    return f"{replicas} × {device}"
+
+
+def _divide_cpu(devices: int) -> None:
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    except RuntimeError:  # TensorFlow has computed something already
+        there = len(tf.config.list_logical_devices("CPU"))
+        if there < devices:
+            raise LabError(
+                f"train.replicas: Expected at most {there}, as many devices as this process has begun with. "
+                f"Found: {devices}. Train it in a process of its own."
+            ) from None
+
+
+def has_gpu() -> bool:
+    """Whether a GPU trains."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def free_gpu_memory() -> int:
+    """Bytes that nobody uses yet of the GPU that has the least; 0 where nothing tells, as without NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return min(int(line) for line in told.splitlines()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
 
 
 def surroundings() -> list[str]:
@@ -80,10 +132,51 @@ def use_cpu_only() -> None:
     tf.config.set_visible_devices([], "GPU")
 
 
-def compile_with_xla() -> bool | str:
-    """Whether to compile steps with XLA: `auto` on a GPU; never on the CPU, where small networks get 2 to 4 times
-    slower."""
-    return "auto" if tf.config.list_physical_devices("GPU") else False
+@contextmanager
+def precision(policy: str) -> Iterator[None]:
+    """Layers that are made in here compute in this precision (`train.precision`); others aren't concerned.
+
+    Args:
+        policy: `float32`; `mixed_float16` or `mixed_bfloat16`, whose weights are float32 all the same.
+    """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def compile_network(network: keras.Model, xla: bool | str, **how: Any) -> None:
+    """Compile a network as Keras does.
+
+    Args:
+        xla: `train.xla`. `auto` leaves it to Keras on a GPU, and is no XLA on the CPU, where small networks get 2 to 4
+            times slower. Keras in turn uses none while operations are deterministic, as XLA can't do all of them so.
+        how: the other arguments of Keras' `compile`.
+    """
+    network.compile(**how, jit_compile="auto" if xla == "auto" and has_gpu() else False)
+    if xla is True:
+        network._jit_compile = True  # Keras would refuse it; what XLA can't do deterministically, it says itself
+
+
+@contextmanager
+def xla_explained(xla: bool | str) -> Iterator[None]:
+    """What XLA can't compile, as a mistake in the study.
+
+    Raises:
+        LabError: where `train.xla` is true and TensorFlow finds no implementation.
+    """
+    try:
+        yield
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError) as error:
+        if xla is not True:
+            raise
+        passing = ("Graph execution error", "Detected at", "<stack", "Stack trace", "\t")
+        told = [line for line in str(error).splitlines() if line and not line.startswith(passing)]
+        raise LabError(
+            f"train.xla: Expected auto or false, as XLA can't do all of this training. Found: true; {told[0][:300]}"
+        ) from error
 
 
 def save_weights(network: keras.Model, path: Path) -> None:
@@ -96,6 +189,12 @@ def save_weights(network: keras.Model, path: Path) -> None:
     path.write_bytes(written.getbuffer())
 
 
+def renew_global_generator() -> None:
+    """Make the generator that `keras.random` uses where no seed is given anew, on all devices of the strategy."""
+    set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    global_seed_generator()
+
+
 def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:
     """Set every random generator of a network (dropout, augmentation), and Keras' own, from a seed and the epoch.
 
@@ -104,4 +203,7 @@ def set_generator_states(model: keras.Model, seed: int, epoch: int) -> None:
     states = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
     states.append(global_seed_generator().state)  # what `keras.random` uses in a layer that gives no seed
     for position, state in enumerate(states):
-        state.assign([np.random.SeedSequence([seed, epoch, position]).generate_state(1)[0], 0])
+        # Of several devices each has a state of its own, or all would drop the same of their pictures.
+        for replica, own in enumerate(getattr(state.value, "values", [state])):
+            origin = [seed, epoch, position] + ([replica] if replica else [])
+            own.assign(np.array([np.random.SeedSequence(origin).generate_state(1)[0], 0], np.int64))

@@ -129,7 +129,8 @@ class Keeper(keras.callbacks.Callback):
     def _read(self, network: keras.Model) -> tuple[dict[str, Any], list, list, list] | None:
         """The last state that is whole and fits the network."""
         assert self.folder is not None
-        network.optimizer.build(network.trainable_variables)
+        with network.distribute_strategy.scope():
+            network.optimizer.build(network.trainable_variables)
         shapes = [
             [one.shape for one in network.get_weights()],
             [tuple(one.shape) for one in network.optimizer.variables],

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ablation_lab import files
-from ablation_lab.backend import compile_with_xla, keras, surroundings
+from ablation_lab.backend import keras, surroundings
 from ablation_lab.errors import LabError
 
 FOLDER = "features"
@@ -142,7 +142,7 @@ def _key(prefix: keras.Model, data_digest: str, threads: int) -> str:
 
 
 def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> None:
-    prefix.compile(jit_compile=compile_with_xla())
+    prefix.compile(jit_compile=False)  # never with XLA, so that cells with and without it share what is computed
     paths = [part / f"{number}.npy" for number in range(len(prefix.outputs))]
     arrays: list[np.ndarray] = []
     with tqdm(total=len(images), desc=f"{name}: frozen layers", unit="picture") as bar:
@@ -153,7 +153,7 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
             padded = np.concatenate([given, np.repeat(given[-1:], short, axis=0)]) if short else given
             outputs = keras.tree.flatten(prefix.predict_on_batch(padded))
             if not arrays:
-                _make_room(part, sum(output[0].nbytes for output in outputs) * len(images))
+                _make_room(part, sum(output[0].size for output in outputs) * len(images) * np.float32().nbytes)
                 arrays = [
                     np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
                     for path, output in zip(paths, outputs, strict=True)

@@ -12,8 +12,14 @@ from ablation_lab.errors import LabError
 from ablation_lab.models.layers import reason
 
 
-def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
+def optimizer(
+    settings: dict[str, Any], precision: str = "float32", distributed: bool = False
+) -> keras.optimizers.Optimizer:
     """Build an optimizer from `name` and its constructor's arguments.
+
+    Args:
+        precision: with `mixed_float16` the loss is scaled, so that small gradients don't become 0.
+        distributed: for a training on several devices.
 
     Raises:
         LabError: for a name or an argument that Keras doesn't know.
@@ -26,7 +32,14 @@ def optimizer(settings: dict[str, Any]) -> keras.optimizers.Optimizer:
         kind = _find(rate["name"], vars(keras.optimizers.schedules), SCHEDULE, where, "schedule")
         arguments["learning_rate"] = _construct(kind, schedule, where)
     kind = _find(settings["name"], vars(keras.optimizers), keras.optimizers.Optimizer, "train.optimizer", "optimizer")
-    return _construct(Adam if kind is keras.optimizers.Adam else kind, arguments, "train.optimizer")
+    kind = Adam if kind is keras.optimizers.Adam else kind
+    scaled = precision == "mixed_float16"
+    if distributed:
+        kind = type(kind.__name__, (Summed, kind) if scaled else (Summing, Summed, kind), {})
+    found = _construct(kind, arguments, "train.optimizer")
+    if not scaled:
+        return found
+    return (SummingLossScale if distributed else keras.optimizers.LossScaleOptimizer)(found)
 
 
 class Adam(keras.optimizers.Adam):
@@ -56,6 +69,31 @@ class Adam(keras.optimizers.Adam):
             epsilon=tf.constant(self.epsilon, tf.float32),
             grad=gradient,
         )
+
+
+class Summed:
+    """Of an optimizer: takes gradients that are summed over the devices already."""
+
+    def _all_reduce_sum_gradients(self, gradients: Any) -> list[Any]:
+        return list(gradients)
+
+
+class Summing:
+    """Of an optimizer: sums gradients over the devices before anything else.
+
+    Keras sums them last: each device would clip its own gradients, and skip steps for its own overflows.
+    """
+
+    def apply(self, gradients: Any, trainable_variables: Any = None) -> None:
+        devices = tf.distribute.get_replica_context()
+        there = [one for one in gradients if one is not None]
+        summed = iter(devices.all_reduce(tf.distribute.ReduceOp.SUM, there))
+        every = [None if one is None else next(summed) for one in gradients]
+        super().apply(every, trainable_variables)  # type: ignore[misc]
+
+
+class SummingLossScale(Summing, keras.optimizers.LossScaleOptimizer):
+    """Keras' loss scaling, for several devices."""
 
 
 SCHEDULE = keras.optimizers.schedules.LearningRateSchedule

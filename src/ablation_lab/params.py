@@ -28,11 +28,13 @@ PATCHED = ("input", "model", "train")
 MISREAD = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 SLUG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+REPLICAS = 2  # of a mirrored training that names no number
 
 # What no study needs more of; a larger number is a slip of the keyboard, and would end in a machine out of memory.
 LONGEST_SIDE = 4096  # of a picture, in pixels; also of a kernel, a stride, a window
 MOST_LAYERS = 1000  # of one network: convolutions, residual blocks, dense layers
 MOST_SEEDS, MOST_VARIANTS = 1000, 500
+MOST_REPLICAS = 64
 MOST_PLANS = 5000  # of the second phase: its variants, for each variant that may be selected
 LONGEST_TEXT = 10_000
 LARGEST_NUMBER = 2**63
@@ -327,7 +329,12 @@ class Train(Section):
     """How a network is trained. `keep: best` takes the weights of the epoch with the best `monitor` on the validation
     part, `last` those of the last epoch. `steps_per_epoch: null` is one pass over the training part. `class_weights`
     weigh the training pictures' losses by class, `balanced` so that all classes weigh the same. `threads` is the
-    number of CPU threads of a cell: results depend on it."""
+    number of CPU threads of a cell: results depend on it.
+
+    With `strategy: mirrored` one cell is trained on `replicas` devices (2), each batch shared out among them.
+    `precision` is what layers compute in, `xla` whether steps are compiled with XLA (`auto` leaves it to Keras on a
+    GPU, and never does on the CPU), `data_on` where the pictures or features are that steps are fed with (`auto` is the
+    device for a GPU with room for them)."""
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
@@ -348,6 +355,16 @@ class Train(Section):
         | None
     ) = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    strategy: Literal["single", "mirrored"] = "single"
+    replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)] | None = None
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
+    xla: Literal["auto"] | bool = "auto"
+    data_on: Literal["auto", "device", "host"] = "auto"
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings with the number of replicas that is meant where none is given."""
+        replicas = (self.replicas or REPLICAS) if self.strategy == "mirrored" else None
+        return self.model_dump() | {"replicas": replicas}
 
 
 class Reported(Section):
@@ -422,7 +439,7 @@ class Variant:
 
     def resolved(self) -> dict[str, Any]:
         """What fixes the result, in canonical form: equal trainings have equal JSON."""
-        return {"input": self.input.model_dump(), "model": self.model.resolved(), "train": self.train.model_dump()}
+        return {"input": self.input.model_dump(), "model": self.model.resolved(), "train": self.train.resolved()}
 
 
 @dataclass(frozen=True)
@@ -678,6 +695,8 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
     if train is not None and train.reduce_lr and isinstance(train.optimizer.learning_rate, Schedule):
         expected = "no reduce_lr beside a schedule of the learning rate, or a learning rate that is a number"
         problems.add(place(("train", "reduce_lr")), expected, train.reduce_lr.model_dump())
+    if train is not None:
+        _check_devices(train, place, problems)
     if getattr(network, "any_size", False) and getattr(network, "head_from", "") == "flatten":
         problems.add(place(("model", "head_from")), "global_average or global_max, as any_size is set", "flatten")
     if isinstance(network, Transfer) and isinstance(network.trainable, Extent):
@@ -702,6 +721,23 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
         return None
     _check_sizes(checked_input.augment, ("input", "augment"), place, problems)
     return checked_input, network, train
+
+
+def _check_devices(train: Train, place, problems: "_Problems") -> None:
+    # What means nothing for the strategy is a mistake: somebody would think that it had been done.
+    if train.strategy == "single":
+        if train.replicas is not None:
+            expected = "none, as train.strategy is single (a variant drops an inherited one with null)"
+            problems.add(place(("train", "replicas")), expected, train.replicas)
+        return
+    replicas = train.resolved()["replicas"]
+    if train.batch_size % replicas:
+        expected = f"a multiple of {replicas}, the number of train.replicas, as they share each batch"
+        problems.add(place(("train", "batch_size")), expected, train.batch_size)
+    if train.xla is True:
+        problems.add(place(("train", "xla")), "auto or false, as train.strategy is mirrored", train.xla)
+    if train.data_on == "device":
+        problems.add(place(("train", "data_on")), "auto or host, as train.strategy is mirrored", train.data_on)
 
 
 def _repeats(network: Network | Custom | None, layer: Any) -> int:

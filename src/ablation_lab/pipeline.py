@@ -93,21 +93,61 @@ def training_batches(arrays: Arrays, shuffled: Shuffled, first_epoch: int, epoch
     return _load(arrays, steps, lambda step: shuffled.batch(int(step)), labels)
 
 
+def shared_batches(
+    arrays: Arrays,
+    shuffled: Shuffled,
+    first_epoch: int,
+    epochs: int,
+    labels: str,
+    replicas: int,
+    class_weights: dict[int, float] | None = None,
+) -> tf.data.Dataset:
+    """As `training_batches`, each batch shared out among devices that train together.
+
+    Returns:
+        For each step as many batches as there are `replicas`, in their order, with the weights of their pictures: those
+        that make the mean of the devices' mean losses the mean over the whole batch, by `class_weights` too.
+    """
+    steps = tf.data.Dataset.range(first_epoch * shuffled.steps * replicas, epochs * shuffled.steps * replicas)
+    by_class = np.array([(class_weights or {}).get(number, 1.0) for number in range(len(arrays.classes))])
+
+    def share(number: int) -> tuple[np.ndarray, np.ndarray]:
+        step, replica = divmod(int(number), replicas)
+        batch = shuffled.batch(step)
+        places, weights = shares(len(batch), replicas)[replica]
+        return batch[places], weights * by_class[arrays.labels[batch[places]]]
+
+    return _load(arrays, steps, share, labels, weighted=True)
+
+
+def shares(pictures: int, replicas: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How a batch is shared out: as evenly as possible, in order. No device gets nothing, since there is no mean of
+    nothing: where pictures are fewer than devices, several devices have the same one.
+
+    Returns:
+        For each device the places of its pictures in the batch, and their weights in the device's mean loss.
+    """
+    places = np.resize(np.arange(pictures), max(pictures, replicas))
+    often = np.bincount(places)
+    return [(part, replicas * len(part) / (pictures * often[part])) for part in np.array_split(places, replicas)]
+
+
 def ordered_batches(arrays: Arrays, indices: np.ndarray, batch_size: int, labels: str) -> tf.data.Dataset:
     """Batches in the order of `indices`, each picture once; shapes as in `training_batches`."""
     steps = tf.data.Dataset.range(-(-len(indices) // batch_size))
     return _load(arrays, steps, lambda step: indices[step * batch_size : (step + 1) * batch_size], labels)
 
 
-def _load(arrays: Arrays, steps: tf.data.Dataset, batch, form: str) -> tf.data.Dataset:
+def _load(arrays: Arrays, steps: tf.data.Dataset, batch, form: str, weighted: bool = False) -> tf.data.Dataset:
     types = [tf.as_dtype(array.dtype) for array in arrays.inputs]
 
     def read(step):
-        chosen = batch(step)
-        return *(array[chosen] for array in arrays.inputs), arrays.labels[chosen].astype(np.int32)
+        chosen, weights = batch(step) if weighted else (batch(step), 1.0)
+        labels = arrays.labels[chosen].astype(np.int32)
+        return *(array[chosen] for array in arrays.inputs), labels, np.float32(weights)
 
     def load(step):
-        *inputs, labels = tf.numpy_function(read, [step], (*types, tf.int32), stateful=False)
+        *inputs, labels, weights = tf.numpy_function(read, [step], (*types, tf.int32, tf.float32), stateful=False)
         for tensor, array in zip(inputs, arrays.inputs, strict=True):
             tensor.set_shape((None, *array.shape[1:]))
         labels.set_shape((None,))
@@ -115,7 +155,11 @@ def _load(arrays: Arrays, steps: tf.data.Dataset, batch, form: str) -> tf.data.D
             labels = tf.one_hot(labels, len(arrays.classes))
         elif form == "second":
             labels = tf.cast(labels[:, tf.newaxis], tf.float32)
-        return inputs[0] if len(inputs) == 1 else tuple(inputs), labels
+        given = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        if not weighted:
+            return given, labels
+        weights.set_shape((None,))
+        return given, labels, weights
 
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ablation_lab import cell, datasets, files, frozen, models, optimization, params, selection
+from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection
 from ablation_lab.backend import keras
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
@@ -124,7 +124,7 @@ class _Describer:
         model = variant.resolved()["model"]
         if model["builder"] != "transfer":
             return _build(variant, self.image_shape, self.classes)
-        key = json.dumps([model["backbone"].lower(), variant.input.rescale])
+        key = json.dumps([model["backbone"].lower(), variant.input.rescale, variant.train.precision])
         network = _build(variant, self.image_shape, self.classes, self.backbones.get(key))
         self.backbones.setdefault(key, transfer.backbone_of(network))
         return network
@@ -565,7 +565,7 @@ def _build(
     keras.utils.clear_session()  # layers that name themselves have the same names in every variant
     # A network for pictures of any size is sized at that of the data.
     model = chosen["model"] | {"any_size": False}
-    with _told_of("model"):
+    with _told_of("model"), backend.precision(chosen["train"]["precision"]):
         network = _without_weights(model, chosen["input"]["rescale"], image_shape, classes, backbone)
         if ":" in model["builder"]:  # what a function of the user's makes is used, too
             network = models.build(model, chosen["input"]["rescale"], image_shape, classes)
@@ -574,6 +574,8 @@ def _build(
                 models.build(chosen["model"], chosen["input"]["rescale"], image_shape, classes)
         elif "initializer" in model:
             _check_initializer(network, model["initializer"])
+    if chosen["train"]["xla"] is True:
+        _check_xla(network)
     with _told_of("input.augment"):
         for layer in optimization.augmentation(chosen["input"]["augment"]):
             _check_augmentation(layer, image_shape)
@@ -646,6 +648,18 @@ def _check_initializer(network: keras.Model, name: str) -> None:
         for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel"):
             if (weight := getattr(layer, attribute, None)) is not None:
                 keras.initializers.get(name)([min(size, 2) for size in weight.shape])
+
+
+def _check_xla(network: keras.Model) -> None:
+    """Max pooling has no gradient that XLA computes deterministically."""
+    trained = False
+    for layer in (placed.layer for placed in _flat(network)):
+        if trained and isinstance(layer, keras.layers.MaxPooling2D):
+            raise LabError(
+                f"train.xla: Expected auto or false, as XLA has no deterministic gradient of {layer.name} "
+                "(MaxPooling2D), behind layers that are trained. Found: true."
+            )
+        trained = trained or bool(layer.trainable_weights)
 
 
 def _check_augmentation(layer: keras.layers.Layer, image_shape: tuple[int, int, int]) -> None:

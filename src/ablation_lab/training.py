@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ablation_lab import backend, cell, checkpoint, files, frozen, models, optimization, pipeline
+from ablation_lab import backend, cell, checkpoint, distribution, feeding, files, frozen, models, optimization, pipeline
 from ablation_lab.backend import keras
 from ablation_lab.models import weights
 
@@ -56,7 +56,8 @@ def train(
     """
     started, clock = time.time(), time.perf_counter()
     settings, model = plan["train"], plan["model"]
-    device = backend.set_up(settings["threads"])
+    replicas = settings["replicas"]
+    device = backend.set_up(settings["threads"], replicas)
     keras.utils.clear_session()  # names are counted, and they are part of what is written
     keras.utils.set_random_seed(seed)
     card = files.read_json(data / "card.json")
@@ -65,7 +66,8 @@ def train(
     shuffled = pipeline.Shuffled(train_part, settings["batch_size"], settings["steps_per_epoch"], seed)
     form = optimization.label_form(settings, models.output(model))
 
-    network = models.build(model, plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
+    with backend.precision(settings["precision"]):
+        network = models.build(model, plan["input"]["rescale"], tuple(card["image_shape"]), len(arrays.classes))
     if start is not None:
         network.load_weights(start)
     elif plan.get("weights"):
@@ -75,37 +77,52 @@ def train(
         prefix, whole, trained = frozen.split(network, trained)
         found = frozen.features(prefix, arrays.inputs[0], card["digest"], settings["threads"], name, features)
         arrays = replace(arrays, inputs=found)
-    whole.compile(jit_compile=backend.compile_with_xla())  # for its predictions, where it isn't what is trained
-    trainer = _augmented(trained, plan["input"]["augment"])
-    trainer.compile(
-        optimizer=optimization.optimizer(settings["optimizer"]),
-        loss=optimization.loss(settings, models.output(model)),
-        metrics=["accuracy"],
-        jit_compile=backend.compile_with_xla(),
-    )
+    backend.compile_network(whole, settings["xla"])  # for its predictions, where it isn't what is trained
+    stored = feeding.stored(arrays.inputs, settings["data_on"]) if not replicas else None
+    fed = replace(arrays, inputs=[np.arange(len(arrays.labels))]) if stored else arrays
+    trainer = feeding.before(trained, plan["input"]["augment"], stored)
     untrained = trainer.get_weights()
+    fitted = distribution.mirrored(trainer, replicas) if replicas else trainer
+    for one in [trainer, fitted] if replicas else [trainer]:
+        with one.distribute_strategy.scope():
+            backend.compile_network(
+                one,
+                settings["xla"],
+                optimizer=optimization.optimizer(settings["optimizer"], settings["precision"], one is not trainer),
+                loss=optimization.loss(settings, models.output(model)),
+                metrics=["accuracy"],
+                auto_scale_loss=False,  # the optimizer does
+            )
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
     keeper = checkpoint.Keeper(state, remembering, started)
     last = settings["epochs"]
-    done = min(keeper.load(trainer), last)
+    done = min(keeper.load(fitted), last)
     for row in recorder.rows():
         report(row)
     if recorder.history:
         print(f"{name}: goes on after epoch {len(recorder.history)}", file=sys.stderr, flush=True)
+    class_weights = optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part])
+    epochs = (min(done, last - 1), last)
+    if replicas:
+        batches = pipeline.shared_batches(fed, shuffled, *epochs, form, replicas, class_weights)
+        batches, class_weights = distribution.distributed(fitted, batches), None
+    else:
+        batches = pipeline.training_batches(fed, shuffled, *epochs, form)
     # An epoch is told when it is kept: what is known of a training is not trained again.
     tell = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: report(recorder.rows()[-1]))
-    trainer.fit(
-        pipeline.training_batches(arrays, shuffled, min(done, last - 1), last, form),
-        steps_per_epoch=shuffled.steps,
-        epochs=last,
-        initial_epoch=done,
-        validation_data=pipeline.ordered_batches(arrays, arrays.validation, PREDICTION_BATCH, form),
-        class_weight=optimization.class_weights(settings["class_weights"], card["classes"], arrays.labels[train_part]),
-        callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
-        shuffle=False,  # the batches come shuffled
-        verbose=0,
-    )
+    with backend.xla_explained(settings["xla"]):
+        fitted.fit(
+            batches,
+            steps_per_epoch=shuffled.steps,
+            epochs=last,
+            initial_epoch=done,
+            validation_data=pipeline.ordered_batches(fed, arrays.validation, PREDICTION_BATCH, form),
+            class_weight=class_weights,
+            callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
+            shuffle=False,  # the batches come shuffled
+            verbose=0,
+        )
 
     # Fitting and model selection are over. Only now what was trained sees the test pictures (or their features), and
     # nothing is scored on them.
@@ -122,9 +139,11 @@ def train(
         indices = getattr(arrays, part)
         predictions[f"{part}_probabilities"] = predicted(indices)
         predictions[f"{part}_labels"] = arrays.labels[indices].astype(np.int64)
-    train_batches = pipeline.ordered_batches(arrays, train_part, PREDICTION_BATCH, form)
+    train_batches = pipeline.ordered_batches(fed, train_part, PREDICTION_BATCH, form)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
+    if trained is network and not plan["input"]["augment"]:
+        network.optimizer = fitted.optimizer  # the file is the same, wherever pictures were and on how many devices
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     backend.save_weights(network, out / cell.WEIGHTS)
@@ -183,7 +202,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         backend.set_generator_states(self.model, self.seed, epoch)
-        self._learning_rate = float(self.model.optimizer.learning_rate)
+        self._learning_rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self._started = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -241,11 +260,3 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self.bar.close()
-
-
-def _augmented(network: keras.Model, augment: dict[str, dict[str, Any]]) -> keras.Model:
-    """The network behind its augmentation layers: same weights, and the network itself stays free of them."""
-    layers = optimization.augmentation(augment)
-    if not layers:
-        return network
-    return keras.Sequential([keras.Input(network.input_shape[1:]), *layers, network])

@@ -52,17 +52,20 @@ def build(
     x = inputs
     if rescale in SCALES:
         scale, offset = SCALES[rescale]
-        x = apply(keras.layers.Rescaling(scale, offset, name=RESCALE), x)
+        x = apply(keras.layers.Rescaling(scale, offset, name=RESCALE, dtype="float32"), x)
     elif rescale == "backbone":
         x = transfer.preprocess(model["backbone"], x)
     if ":" in model["builder"]:
         outputs = apply(custom.network(model, image_shape, classes), x)
+        if outputs.dtype != "float32":  # of a model whose last layer isn't to be seen from here
+            outputs = keras.ops.cast(outputs, "float32")
         return keras.Model(inputs, outputs, name="custom")
     return _network(inputs, BUILDERS[model["builder"]](model, x), model, classes)
 
 
 def _network(inputs: Any, x: Any, model: dict[str, Any], classes: int) -> keras.Model:
-    weights = kernel(model | {"l2": model["head_l2"]})
+    # What is given, as what was put in, is float32 in any precision: a loss or a mean of halves loses digits.
+    weights = kernel(model | {"l2": model["head_l2"]}) | {"dtype": "float32"}
     match model["output"]:
         case "sigmoid":
             if classes != 2:
@@ -74,7 +77,7 @@ def _network(inputs: Any, x: Any, model: dict[str, Any], classes: int) -> keras.
             outputs = keras.ops.concatenate([1 - x, x], axis=-1)
         case "logits":
             x = apply(keras.layers.Dense(classes, name=TRAINED["logits"], **weights), x)
-            outputs = keras.layers.Softmax(name="probabilities")(x)
+            outputs = keras.layers.Softmax(name="probabilities", dtype="float32")(x)
         case _:
             outputs = apply(keras.layers.Dense(classes, activation="softmax", name=TRAINED["softmax"], **weights), x)
     try:

@@ -49,7 +49,17 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
         raise NetworkError(f"model.builder {builder}: Expected a network. Found: {_told(error)}") from error
     if not isinstance(built, keras.Model):
         raise NetworkError(f"model.builder {builder}: Expected a keras.Model. Found: {type(built).__name__}.")
+    _end_in_float32(built)
     return built
+
+
+def _end_in_float32(network: keras.Model) -> None:
+    """Let the layers that give a network's outputs compute in float32, whatever the precision of the others. Those of
+    a model that is no graph can't be told from here: such a model says `dtype="float32"` in its last layer itself."""
+    for tensor in getattr(network, "outputs", None) or ():
+        layer = tensor._keras_history.operation
+        if isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.Model | keras.layers.InputLayer):
+            layer.dtype_policy = keras.DTypePolicy("float32")
 
 
 def check(network: keras.Model, image_shape: Sequence[int], classes: int, builder: str) -> None:

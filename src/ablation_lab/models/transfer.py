@@ -86,7 +86,7 @@ def preprocess(name: str, x: Any) -> Any:
     scale, offset = np.diag(matrix), np.round(shown[0], 12)
     if (scale == 1).all() and not offset.any():
         return x  # the backbone's first layers do it
-    return keras.layers.Rescaling(scale.tolist(), offset.tolist(), name=RESCALE)(x)
+    return keras.layers.Rescaling(scale.tolist(), offset.tolist(), name=RESCALE, dtype="float32")(x)
 
 
 def _times(x: Any) -> str:

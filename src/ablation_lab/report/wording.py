@@ -80,12 +80,13 @@ class Format:
 
 
 def length(variant: params.Variant) -> str:
-    """How long a variant is trained, and on what part of the training pictures."""
+    """How long a variant is trained, on what part of the training pictures, and in what precision."""
     train, fraction = variant.train, variant.input.fraction
     told = f"{'up to ' if train.early_stopping else ''}{counted(train.epochs, 'epoch')}"
     told += f" of {counted(train.steps_per_epoch, 'batch')}" if train.steps_per_epoch else ""
     told += f", {counted(train.batch_size, 'picture')} a batch"
-    return told + (f", {100 * fraction:g} % of the training part" if fraction < 1 else "")
+    told += f", {100 * fraction:g} % of the training part" if fraction < 1 else ""
+    return told + (f", in {train.precision}" if train.precision != "float32" else "")
 
 
 def changes(differences: list[dict[str, Any]]) -> list[str]:
