@@ -63,9 +63,9 @@ def ratio(what: str, ours: Sequence[float], theirs: Sequence[float], at_most: fl
 
 
 def number(value: float, unit: str = "") -> str:
-    """Three digits, or all of a large number's."""
-    if not value:
-        told = "0"
+    """Three digits, or all of a large number's, or of one that is counted."""
+    if isinstance(value, int) or not value:
+        told = f"{value:,.0f}"
     elif abs(value) < 0.001:
         told = f"{value:.1e}"
     else:

@@ -1,6 +1,6 @@
 """How much memory does a data set of 8 GB take?
 
-    python benchmarks/memory.py        # 12 minutes of two cores, 15 GB of disk; needs no network
+    python benchmarks/memory.py        # 5 minutes of two cores, 10 GB of disk; needs no network
 
 A cell of a small network is trained for one epoch on 8 GiB of random pictures of 64×64×3 that lie in `data/processed`,
 then predicts the validation and the test part and is evaluated on the training part, as every cell. The same is done
