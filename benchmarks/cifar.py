@@ -31,31 +31,14 @@ CLASSES = 10
 
 def study(epochs: int) -> dict[str, Any]:
     """The params.yaml; its variants are those of the plain script."""
-    return {
-        "study": {"name": "benchmark", "baseline": "baseline"},
-        "data": {
-            "dataset": "image_folder",
-            "path": "pictures.tar",
-            "split": {"validation": 1 / 11, "test": "given", "seed": 0},
-        },
-        "input": {},
-        "model": {
-            "builder": "cnn",
-            "padding": "same",
-            "dropout": 0.25,
-            "head_dropout": 0.5,
-            "blocks": {"block1": {"filters": 48}, "block2": {"filters": 96}, "block3": {"filters": 192}},
-            "head": {"dense1": {"units": 128}},
-        },
-        "train": {"epochs": epochs, "batch_size": 64, "optimizer": {"name": "adam", "learning_rate": 0.001}},
-        "seeds": [0],
-        "variants": {
-            "baseline": {},
-            "no_dropout": {"model": {"dropout": 0, "head_dropout": 0}},
-            "average_pool": {"model": {"pool_type": "average"}},
-            "tanh": {"model": {"activation": "tanh"}},
-        },
+    split = {"validation": 1 / 11, "test": "given", "seed": 0}
+    data = {"dataset": "image_folder", "path": "pictures.tar", "split": split}
+    variants = {
+        "no_dropout": {"model": {"dropout": 0, "head_dropout": 0}},
+        "average_pool": {"model": {"pool_type": "average"}},
+        "tanh": {"model": {"activation": "tanh"}},
     }
+    return common.study(data, (48, 96, 192), 128, {"epochs": epochs, "batch_size": 64}, variants)
 
 
 def archive(path: Path, counts: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,8 @@ class Figure(NamedTuple):
         """The bound and whether it holds; nothing where there is none."""
         if self.at_most is None:
             return ""
-        return f"at most {number(self.at_most, self.unit)}: {'met' if self.value <= self.at_most else '**missed**'}"
+        told = f"at most {self.at_most:,g} {self.unit}".rstrip()
+        return f"{told}: {'met' if self.value <= self.at_most else '**missed**'}"
 
 
 def median(what: str, values: Sequence[float], unit: str = "", at_most: float | None = None) -> Figure:
@@ -100,6 +102,32 @@ def project(folder: Path, study: dict[str, Any]) -> Path:
     return folder
 
 
+def study(
+    data: dict[str, Any],
+    filters: Sequence[int],
+    units: int,
+    train: dict[str, Any],
+    variants: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The params.yaml of a network of blocks and a dense layer, with Adam: that of `plain/network.py`."""
+    return {
+        "study": {"name": "benchmark", "baseline": "baseline"},
+        "data": data,
+        "input": {},
+        "model": {
+            "builder": "cnn",
+            "padding": "same",
+            "dropout": 0.25,
+            "head_dropout": 0.5,
+            "blocks": {f"block{place}": {"filters": width} for place, width in enumerate(filters, 1)},
+            "head": {"dense1": {"units": units}},
+        },
+        "train": {"optimizer": {"name": "adam", "learning_rate": 0.001}} | train,
+        "seeds": [0],
+        "variants": {"baseline": {}} | (variants or {}),
+    }
+
+
 def environment(folder: Path) -> dict[str, str]:
     """What a command in a project is called with: the project's own code, and nothing of the user's settings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
@@ -121,6 +149,22 @@ def call(folder: Path, *command: str) -> float:
         told = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{told}")
     return seconds
+
+
+def cost(folder: Path, what: str, *command: str) -> list[Figure]:
+    """Run a command there: its seconds, those that a processor worked, and its peak of memory.
+
+    The peak is that of the largest process so far, so what needs most has to come last.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = call(folder, *command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return [
+        Figure(what, seconds, "s"),
+        Figure(f"{what}, of a processor", busy, "s"),
+        Figure(f"{what}, memory at most", after.ru_maxrss / 2**10, "MiB"),
+    ]
 
 
 def warm(folder: Path) -> None:

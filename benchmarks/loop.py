@@ -46,34 +46,11 @@ def small_sizes() -> dict[str, Size]:
     return {name: size._replace(pictures=min(size.pictures, 1000), epochs=2) for name, size in SIZES.items()}
 
 
-def study(size: Size) -> dict[str, Any]:
-    """The params.yaml of a size."""
-    blocks = {f"block{number}": {"filters": filters} for number, filters in enumerate(size.filters, 1)}
-    return {
-        "study": {"name": "benchmark", "baseline": "baseline"},
-        "data": {"dataset": "digits", "path": None},  # in place of which the random pictures are laid
-        "input": {},
-        "model": {
-            "builder": "cnn",
-            "padding": "same",
-            "dropout": 0.25,
-            "head_dropout": 0.5,
-            "blocks": blocks,
-            "head": {"dense1": {"units": size.units}},
-        },
-        "train": {
-            "epochs": size.epochs,
-            "batch_size": size.batch,
-            "optimizer": {"name": "adam", "learning_rate": 0.001},
-        },
-        "seeds": [0],
-        "variants": {"baseline": {}},
-    }
-
-
 def project(folder: Path, size: Size) -> Path:
     """A project with a size's pictures and plan."""
-    common.project(folder, study(size))
+    data = {"dataset": "digits", "path": None}  # in place of which the random pictures are laid
+    train = {"epochs": size.epochs, "batch_size": size.batch}
+    common.project(folder, common.study(data, size.filters, size.units, train))
     counts = {"train": size.pictures, "validation": size.pictures // 5, "test": size.pictures // 5}
     common.pictures(folder / "data/processed", size.shape, counts)
     common.call(folder, sys.executable, "-m", "stages.plan")

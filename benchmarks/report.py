@@ -8,7 +8,6 @@ own, and prints the seconds and the memory that each took, and the sizes of the 
 """
 
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -64,26 +63,12 @@ def layers(filters: int) -> list[dict[str, Any]]:
     return made
 
 
-def stage(name: str, folder: Path) -> list[common.Figure]:
-    """Run a stage: its seconds, those that a processor worked, and its peak of memory.
-
-    The peak is that of the largest process so far, so the stage that needs most has to come last.
-    """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = common.call(folder, sys.executable, "-m", f"stages.{name}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return [
-        common.Figure(f"`{name}`", seconds, "s"),
-        common.Figure(f"`{name}`, of a processor", busy, "s"),
-        common.Figure(f"`{name}`, memory at most", after.ru_maxrss / 2**10, "MiB"),
-    ]
-
-
 def measure(folder: Path, variants: int, seeds: int, pictures: int) -> list[common.Figure]:
     """Both stages of a study, in an empty folder."""
     project(folder, variants, seeds, pictures)
-    figures = [figure for name in ("evaluate", "report") for figure in stage(name, folder)]
+    figures: list[common.Figure] = []
+    for name in ("evaluate", "report"):
+        figures += common.cost(folder, f"`{name}`", sys.executable, "-m", f"stages.{name}")
     written = [path for path in (folder / "reports").rglob("*") if path.is_file()]
     return [
         *figures,

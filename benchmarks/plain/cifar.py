@@ -6,14 +6,12 @@ Leaves <variant>.weights.h5, its history in .csv and what it scores on the test 
 """
 
 import io
-import json
 import sys
 import tarfile
-from pathlib import Path
 
 import keras
 import numpy as np
-from network import cnn
+from network import cnn, train
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
@@ -35,24 +33,15 @@ with tarfile.open(archive) as opened:
 names = sorted(set(found["train"][1]))
 pictures = {part: np.stack(images) for part, (images, _) in found.items()}
 labels = {part: np.array([names.index(label) for label in them]) for part, (_, them) in found.items()}
-train, validation, train_labels, validation_labels = train_test_split(
+fitted, validation, fitted_labels, validation_labels = train_test_split(
     pictures["train"], labels["train"], test_size=1 / 11, stratify=labels["train"], random_state=0
 )
-
+parts = {
+    "train": (fitted, fitted_labels),
+    "validation": (validation, validation_labels),
+    "test": (pictures["test"], labels["test"]),
+}
+settings = {"shape": (32, 32, 3), "filters": (48, 96, 192), "units": 128}
 for variant, changes in VARIANTS.items():
     keras.utils.set_random_seed(0)
-    network = cnn(**{"shape": (32, 32, 3), "filters": (48, 96, 192), "units": 128} | changes)
-    network.compile(keras.optimizers.Adam(0.001), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    network.fit(
-        train,
-        train_labels,
-        batch_size=64,
-        epochs=epochs,
-        validation_data=(validation, validation_labels),
-        callbacks=[keras.callbacks.CSVLogger(f"{variant}.csv")],
-        verbose=0,
-    )
-    network.save_weights(f"{variant}.weights.h5")
-    loss, accuracy = network.evaluate(pictures["test"], labels["test"], verbose=0)
-    scores = {"parameters": network.count_params(), "test_loss": loss, "test_accuracy": accuracy}
-    Path(f"{variant}.json").write_text(json.dumps(scores))
+    train(variant, cnn(**settings | changes), 0.001, epochs, parts)

@@ -5,14 +5,12 @@
 Leaves VARIANT-SEED.weights.h5, its history in .csv and what it scores on the test part in .json.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
-from network import cnn
+from network import cnn, train
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -35,22 +33,13 @@ pictures, labels = digits.images[..., np.newaxis].astype("float32"), digits.targ
 rest, test, rest_labels, test_labels = train_test_split(
     pictures, labels, test_size=0.25, stratify=labels, random_state=0
 )
-train, validation, train_labels, validation_labels = train_test_split(
+fitted, validation, fitted_labels, validation_labels = train_test_split(
     rest, rest_labels, test_size=0.2, stratify=rest_labels, random_state=0
 )
-
-network = cnn(**{"shape": (8, 8, 1), "filters": (16, 32), "units": 64, "scale": 1 / 16} | VARIANTS[variant])
-network.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy", metrics=["accuracy"])
-network.fit(
-    train,
-    train_labels,
-    batch_size=64,
-    epochs=epochs,
-    validation_data=(validation, validation_labels),
-    callbacks=[keras.callbacks.CSVLogger(f"{variant}-{seed}.csv")],
-    verbose=0,
-)
-network.save_weights(f"{variant}-{seed}.weights.h5")
-loss, accuracy = network.evaluate(test, test_labels, verbose=0)
-scores = {"parameters": network.count_params(), "test_loss": loss, "test_accuracy": accuracy}
-Path(f"{variant}-{seed}.json").write_text(json.dumps(scores))
+parts = {
+    "train": (fitted, fitted_labels),
+    "validation": (validation, validation_labels),
+    "test": (test, test_labels),
+}
+settings = {"shape": (8, 8, 1), "filters": (16, 32), "units": 64, "scale": 1 / 16}
+train(f"{variant}-{seed}", cnn(**settings | VARIANTS[variant]), 0.003, epochs, parts)

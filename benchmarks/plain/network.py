@@ -1,6 +1,9 @@
-"""The network of the plain scripts, as a notebook has it."""
+"""What the plain scripts share: the network and its training, as a notebook has them."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import keras
 from keras import layers
@@ -28,3 +31,22 @@ def cnn(
     network.add(layers.Dropout(head_dropout))
     network.add(layers.Dense(10, activation="softmax"))
     return network
+
+
+def train(
+    name: str, network: keras.Model, learning_rate: float, epochs: int, parts: dict[str, tuple[Any, Any]]
+) -> None:
+    """Fit a network to the pictures and labels of the part `train`; leave weights, history and scores under its name."""
+    network.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    network.fit(
+        *parts["train"],
+        batch_size=64,
+        epochs=epochs,
+        validation_data=parts["validation"],
+        callbacks=[keras.callbacks.CSVLogger(f"{name}.csv")],
+        verbose=0,
+    )
+    network.save_weights(f"{name}.weights.h5")
+    loss, accuracy = network.evaluate(*parts["test"], verbose=0)
+    scores = {"parameters": network.count_params(), "test_loss": loss, "test_accuracy": accuracy}
+    Path(f"{name}.json").write_text(json.dumps(scores))
