@@ -36,7 +36,7 @@ def cnn(
 def train(
     name: str, network: keras.Model, learning_rate: float, epochs: int, parts: dict[str, tuple[Any, Any]]
 ) -> None:
-    """Fit a network to the pictures and labels of the part `train`; leave weights, history and scores under its name."""
+    """Fit a network to the pictures and labels of the part `train`; leave weights, history and scores by its name."""
     network.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
     network.fit(
         *parts["train"],
