@@ -2,9 +2,9 @@
 
     python benchmarks/xla.py        # 10 minutes of two cores, nothing else running; needs no network
 
-`benchmarks/plain/fit.py` trains the networks of `benchmarks/loop.py` on a fifth of its pictures for three epochs with one
-thread, compiled by `jit_compile=True` and not, three times in turns. A ratio above 1 says how many times longer XLA takes: for the whole of `fit`, its
-compilation included, and for the epochs after the first, without it.
+`benchmarks/plain/fit.py` trains the networks of `benchmarks/loop.py` on a fifth of its pictures for three epochs with
+one thread, compiled by `jit_compile=True` and not, three times in turns. A ratio above 1 says how many times longer XLA
+takes: for the whole of `fit`, its compilation included, and for the epochs after the first, without it.
 """
 
 import sys
