@@ -8,7 +8,7 @@ UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' $(LOCK))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro setup gpu test test-slow lint lock audit
+.PHONY: repro setup gpu test test-slow benchmarks lint lock audit
 
 repro: setup
 	@$(VENV)/bin/python -c "from pathlib import Path; from ablation_lab import dvc_command; dvc_command.mend(Path())"
@@ -39,6 +39,10 @@ test: setup
 
 test-slow: setup
 	$(VENV)/bin/pytest -m slow
+
+# What docs/benchmarks.md says; `make benchmarks ONLY="quickstart loop"` renews a part of it.
+benchmarks: setup
+	$(VENV)/bin/python benchmarks/run.py $(ONLY)
 
 lint: setup
 	$(VENV)/bin/ruff check --fix .

@@ -15,17 +15,21 @@ difference is found; the median width of half an interval, in points; how often 
 accuracy covers the truth.
 """
 
-import argparse
 import gc
 import itertools
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from ablation_lab import statistics
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from ablation_lab import statistics  # noqa: E402
+from benchmarks import common  # noqa: E402
 
 ACCURACY = 0.9
 COMMON, OWN = 0.5, 0.2  # shares of a picture's difficulty: for all networks, for a variant's
@@ -97,18 +101,35 @@ def simulate(kind: Kind, studies: int, seed: int = 0) -> Found:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", type=int, nargs="?", default=2000, help="of each kind, 2000 by default")
-    studies = parser.parse_args().studies
+def measure(studies: int) -> list[common.Figure]:
+    """All kinds of studies, so many of each; prints a line a kind."""
+    told: dict[bool, list[Found]] = {True: [], False: []}
     print("seeds  pictures  spread  difference  covered  claimed  found  ±points    own  variants")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for kind, found in zip(KINDS, pool.map(simulate, KINDS, [studies] * len(KINDS)), strict=True):
-            told = f"{kind.seeds:5}  {kind.pictures:8,}  {100 * kind.spread:6.1f}  {100 * kind.difference:10.1f}"
-            told += f"  {found.covered:7.1%}  {found.claimed:7.1%}  {found.detected:5.1%}  {found.half_width:7.2f}"
+            told[kind.unsteady is None].append(found)
+            line = f"{kind.seeds:5}  {kind.pictures:8,}  {100 * kind.spread:6.1f}  {100 * kind.difference:10.1f}"
+            line += f"  {found.covered:7.1%}  {found.claimed:7.1%}  {found.detected:5.1%}  {found.half_width:7.2f}"
             names = {None: "", 0: ", the baseline unsteady", -1: ", the last one unsteady"}
-            told += f"  {found.own:5.1%}  {kind.variants}{names.get(kind.unsteady, ', another one unsteady')}"
-            print(told, flush=True)
+            line += f"  {found.own:5.1%}  {kind.variants}{names.get(kind.unsteady, ', another one unsteady')}"
+            print(line, flush=True)
+    figures = []
+    for steady, kinds in told.items():
+        these = f"{len(kinds)} kinds {'of steady variants' if steady else 'where a variant is unsteady'}"
+        for what, values in (
+            ("intervals of the difference that cover it", [one.covered for one in kinds]),
+            ("intervals of the baseline's accuracy that cover it", [one.own for one in kinds]),
+            ("studies that claim a difference of equal variants", [one.claimed for one in kinds]),
+        ):
+            figures.append(common.median(f"{these}: {what}", [100 * value for value in values], "%"))
+    return figures
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("studies", type=int, nargs="?", help="of each kind, 2000 by default")
+    asked = parser.parse_args()
+    common.finish(measure(asked.studies or (20 if asked.small else 2000)), asked)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,9 @@ layers, other ones in every second variant. Then runs the stages `evaluate` and 
 own, and prints the seconds and the memory that each took, and the sizes of the page and of all that lies in `reports/`.
 """
 
-import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +19,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fabricate  # noqa: E402
 
 from ablation_lab import params  # noqa: E402
+from benchmarks import common  # noqa: E402
 
 CLASSES, EPOCHS = 10, 30
 
 
 def project(folder: Path, variants: int, seeds: int, pictures: int) -> None:
-    """All that the two stages read."""
+    """A project with all that the two stages read."""
     names = [f"variant_{number:02}" for number in range(variants)]
     raw = {
         "study": {"name": "large", "baseline": names[0]},
@@ -40,7 +36,7 @@ def project(folder: Path, variants: int, seeds: int, pictures: int) -> None:
         "seeds": list(range(seeds)),
         "variants": {name: {"model": {"dropout": number / 100}} if number else {} for number, name in enumerate(names)},
     }
-    fabricate.params_yaml(folder, raw)
+    common.project(folder, raw)
     skill = {name: 3 + 2 * number / variants for number, name in enumerate(names)}
     fabricate.write(folder, params.validate(raw), CLASSES, pictures, EPOCHS, skill)
     for number, name in enumerate(names):
@@ -67,23 +63,24 @@ def layers(filters: int) -> list[dict[str, Any]]:
     return made
 
 
-def stage(name: str, folder: Path) -> str:
-    """Run a stage: its seconds, those of them that a processor worked, and its peak of memory.
-
-    The peak is that of the largest process so far, so the stage that needs most has to come last.
-    """
-    path = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
-    command = [sys.executable, "-m", f"stages.{name}"]
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return f"{name}: {seconds:.1f} s, {busy:.1f} s of a processor, at most {after.ru_maxrss / 2**10:,.0f} MiB"
+def measure(folder: Path, variants: int, seeds: int, pictures: int) -> list[common.Figure]:
+    """Both stages of a study, in an empty folder."""
+    project(folder, variants, seeds, pictures)
+    figures: list[common.Figure] = []
+    for name in ("evaluate", "report"):
+        figures += common.cost(folder, f"`{name}`", sys.executable, "-m", f"stages.{name}")
+    written = [path for path in (folder / "reports").rglob("*") if path.is_file()]
+    return [
+        *figures,
+        common.Figure("report.html", (folder / "reports/report.html").stat().st_size / 1e6, "MB"),
+        common.Figure("reports/", sum(path.stat().st_size for path in written) / 1e6, "MB"),
+        common.Figure("files in reports/", len(written)),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", type=int, default=50)
+    parser = common.parser(__doc__)
+    parser.add_argument("--variants", type=int, help="50 by default")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=10_000, help="of the test part")
     parser.add_argument("--keep", type=Path, help="a new folder to work in and to leave, to look at the report")
@@ -91,13 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = asked.keep or Path(place)
         folder.mkdir(parents=True, exist_ok=not asked.keep)
-        project(folder, asked.variants, asked.seeds, asked.pictures)
-        for name in ("evaluate", "report"):
-            print(stage(name, folder), flush=True)
-        written = [path for path in (folder / "reports").rglob("*") if path.is_file()]
-        page = (folder / "reports/report.html").stat().st_size
-        total = sum(path.stat().st_size for path in written)
-        print(f"report.html {page / 1e6:.2f} MB; reports/ {total / 1e6:.1f} MB in {len(written)} files")
+        variants = asked.variants or (5 if asked.small else 50)
+        common.finish(measure(folder, variants, asked.seeds, asked.pictures), asked)
 
 
 if __name__ == "__main__":

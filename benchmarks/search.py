@@ -10,15 +10,18 @@ the same throughout. Printed are the best validation accuracy, which is what a s
 the network selected by it, which it has not seen.
 """
 
-import argparse
 import itertools
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from ablation_lab import datasets, evaluation, params, preprocess, search, training
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from ablation_lab import datasets, evaluation, params, preprocess, search, training  # noqa: E402
+from benchmarks import common  # noqa: E402
 
 STUDY = {
     "study": {"name": "benchmark", "baseline": "mlp", "test": "sealed"},
@@ -104,10 +107,8 @@ def sought(trainer: Trainer, space: dict[str, BaseDistribution], seed: int) -> l
     return tried
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how often grid and search are repeated")
-    seeds = parser.parse_args().seeds
+def measure(seeds: int) -> list[common.Figure]:
+    """Grids and searches, repeated so often."""
     _, space = search.parse(SPACE, STUDY)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Path(folder))
@@ -121,13 +122,22 @@ def main() -> None:
             print(f"seed {seed}: validation of grid {grids[-1][0]:.4f}, search {searches[-1][0]:.4f}", flush=True)
     print(f"\nBest of {TRIALS} trials, {seeds} repetitions, mean ± standard deviation:")
     for name, found in (("grid, shifted", grids), ("ablab search", searches)):
-        (validation, test), spread = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
+        (validation, test), spread = np.mean(found, axis=0), np.std(found, axis=0, ddof=seeds > 1)
         print(f"{name:14} validation {validation:.4f} ± {spread[0]:.4f}, test {test:.4f} ± {spread[1]:.4f}")
-    differences = np.array(searches)[:, 0] - np.array(grids)[:, 0]
-    print(
-        f"The search is better by {differences.mean():+.4f} on average, and in {(differences > 0).sum()} of {seeds}; "
-        f"than the grid of middles by {np.mean(searches, axis=0)[0] - middle[0]:+.4f}"
-    )
+    figures = []
+    for number, part in enumerate(("validation", "test")):
+        for name, found in (("`ablab search`", searches), ("grid, shifted", grids), ("grid of middles", [middle])):
+            what = f"{name}: {part} accuracy of the best of {TRIALS}"
+            figures.append(common.median(what, [100 * one[number] for one in found], "%"))
+    better = np.array(searches)[:, 0] > np.array(grids)[:, 0]
+    return [*figures, common.Figure(f"searches better than the shifted grid, of {seeds}", int(better.sum()))]
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--seeds", type=int, help="how often grid and search are repeated; 5 by default")
+    asked = parser.parse_args()
+    common.finish(measure(asked.seeds or (1 if asked.small else 5)), asked)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ process that logs, which go on beside the training where a core is free. Then `a
 makes the runs: in all, and when there is nothing to do, which is the time of its imports.
 """
 
-import argparse
-import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import one_thread  # noqa: E402, F401
-from conftest import TINY, new_project, write_params  # noqa: E402
+from conftest import TINY, write_params  # noqa: E402
 
 from ablation_lab import runner  # noqa: E402
 from ablation_lab.tracking import live  # noqa: E402
+from benchmarks import common  # noqa: E402
 from stages import download, plan, preprocess  # noqa: E402
 
 FILTERS = 640  # an epoch of about a second: ten minutes are hundreds of them
@@ -70,40 +68,45 @@ def cell(epochs: int, seed: int) -> dict[str, float]:
 
 def sync() -> float:
     """Seconds of `ablab sync`."""
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "ablation_lab.cli", "sync"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    return common.call(Path.cwd(), sys.executable, "-m", "ablation_lab.cli", "sync")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="how long the long training is; 10 by default")
-    asked = parser.parse_args()
+def measure(minutes: float) -> list[common.Figure]:
+    """Short trainings and one of so many minutes."""
     live.CellRun = Timed  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as place:
-        folder = new_project(Path(place) / "project")
+        folder = common.project(Path(place) / "project", TINY | {"data": TINY["data"] | {"limit": None}})
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder / "src")
         for key in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
             os.environ.pop(key, None)
-        write_params(Path(), TINY | {"data": TINY["data"] | {"limit": None}})
         for stage in (download, preprocess):
             stage.main()
         shorts = [cell(20, seed) for seed in range(SEEDS)]
-        found = {"live runs completed": sync(), "nothing to do": sync()}
+        synced = {"live runs to complete": sync(), "nothing to do": sync()}
         shutil.rmtree("mlruns")
-        found["runs made from files"] = sync()
-        print(json.dumps(found | {"cells": SEEDS}))
+        synced["runs to make from files"] = sync()
+        figures = [common.Figure(f"`ablab sync`, {SEEDS} cells, {what}", spent, "s") for what, spent in synced.items()]
         short = {key: sum(one[key] for one in shorts) / SEEDS for key in shorts[0]}
-        long = cell(round(asked.minutes * 60 / (min(one["seconds"] for one in shorts) / 20)), 0)
-        for name, one in (("short", short), ("long", long)):
-            cost = one["waited"] + one["busy"]
-            print(
-                f"{name}: {one['epochs']:.0f} epochs in {one['seconds']:.1f} s; waited for logging "
-                f"{one['waited']:.2f} s, the process that logs {one['busy']:.1f} s of a processor: together at most "
-                f"{100 * cost / one['seconds']:.1f} %, waited alone {100 * one['waited'] / one['seconds']:.2f} %"
-            )
+        long = cell(round(minutes * 60 / (min(one["seconds"] for one in shorts) / 20)), 0)
+        os.chdir(ROOT)
+    for one in (short, long):
+        what = f"training of {one['epochs']:.0f} epochs"
+        both = one["waited"] + one["busy"]
+        figures += [
+            common.Figure(what, one["seconds"], "s"),
+            common.Figure(f"{what}: waited for logging", one["waited"], "s"),
+            common.Figure(f"{what}: the process that logs, of a processor", one["busy"], "s"),
+            common.Figure(f"{what}: both together, of the training", 100 * both / one["seconds"], "%"),
+        ]
+    return figures
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--minutes", type=float, help="how long the long training is; 10 by default")
+    asked = parser.parse_args()
+    common.finish(measure(asked.minutes or (0.2 if asked.small else 10)), asked)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ training, whose last bits differ in every step.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +22,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from benchmarks import common  # noqa: E402
+
 EPOCHS, BATCH, THREADS = 20, 32, 2
 # Learning rates so small that trainings that differ in the last bits stay side by side.
 HEADS: dict[str, Any] = {
@@ -56,11 +55,11 @@ DEPTHS: dict[str, Any] = {
 }
 
 
-def study(part: str, weights: str) -> dict[str, Any]:
-    """The params.yaml of a half of the benchmark."""
+def study(part: str, weights: str, small: bool) -> dict[str, Any]:
+    """The params.yaml of a half of the benchmark; or of two variants for one epoch."""
     made = HEADS if part == "heads" else DEPTHS
     key = "head" if part == "heads" else "trainable"
-    base, *others = made["variants"]
+    base, *others = list(made["variants"])[: 2 if small else None]
     model = {"builder": "transfer", "weights": weights} | made["model"] | {key: made["variants"][base]}
     return {
         "study": {"name": f"benchmark_{part}", "baseline": base},
@@ -71,44 +70,25 @@ def study(part: str, weights: str) -> dict[str, Any]:
             "split": {"validation": 0.2, "test": 0.1, "seed": 0},
         },
         "model": model,
-        "train": {"epochs": EPOCHS, "batch_size": BATCH, "keep": "last", "threads": THREADS} | made["train"],
+        "train": {"epochs": 1 if small else EPOCHS, "batch_size": BATCH, "keep": "last", "threads": THREADS}
+        | made["train"],
         "seeds": [0],
         "variants": {base: {}} | {name: {"model": {key: made["variants"][name]}} for name in others},
     }
 
 
-def project(folder: Path, part: str, pictures: int = 800) -> None:
+def project(folder: Path, part: str, pictures: int, small: bool) -> None:
     """A project of its own with the study, its pictures and the backbone's random weights."""
-    for name in ("dvc.yaml", "stages", "src", "networks", ".dvcignore"):
-        source = ROOT / name
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(
-            source, folder / name
-        )
+    made = study(part, "weights/random.weights.h5", small)
+    common.project(folder, made)
     random = np.random.default_rng(0)
     for label, count in (("indoor", pictures * 5 // 8), ("outdoor", pictures * 3 // 8)):
         (folder / "pictures" / label).mkdir(parents=True)
         for number in range(count):
             coarse = random.integers(0, 256, (9, 9, 3), np.uint8)
             Image.fromarray(coarse).resize((200, 200)).save(folder / f"pictures/{label}/{number}.jpg")
-    (folder / "weights").mkdir()
-    made = study(part, "weights/random.weights.h5")
-    with (folder / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(made, file)
     weights = [made["model"]["backbone"], "weights/random.weights.h5"]
-    call(folder, sys.executable, str(Path(__file__).resolve()), "--weights", *weights)
-    call(folder, sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet")
-
-
-def call(folder: Path, *command: str) -> float:
-    """Run a command there, its output in log.txt; the seconds that it took."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
-    clean |= {"PYTHONPATH": str(folder / "src"), "DVC_NO_ANALYTICS": "1", "KERAS_BACKEND": "tensorflow"}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    started = time.perf_counter()
-    with (folder / "log.txt").open("a") as log:
-        subprocess.run(command, cwd=folder, env=clean, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return time.perf_counter() - started
+    common.call(folder, sys.executable, str(Path(__file__).resolve()), "--weights", *weights)
 
 
 def plain(folder: Path) -> None:
@@ -143,8 +123,8 @@ def plain(folder: Path) -> None:
         )
         shuffled = pipeline.Shuffled(arrays.train, BATCH, None, 0)
         trained.fit(
-            pipeline.training_batches(arrays, shuffled, 0, EPOCHS, form),
-            epochs=EPOCHS,
+            pipeline.training_batches(arrays, shuffled, 0, plan["train"]["epochs"], form),
+            epochs=plan["train"]["epochs"],
             steps_per_epoch=shuffled.steps,
             validation_data=pipeline.ordered_batches(arrays, arrays.validation, frozen.BATCH, form),
             verbose=0,
@@ -185,25 +165,31 @@ def saved_predictions(folder: Path) -> None:
         np.save(folder / f"saved/{name}.npy", network.predict(images, verbose=0))
 
 
-def measure(part: str, folder: Path, pictures: int) -> dict[str, Any]:
+def measure(part: str, folder: Path, pictures: int, small: bool) -> list[common.Figure]:
     """Both ways, and what they say."""
-    project(folder, part, pictures)
-    ours = call(folder, sys.executable, "-m", "ablation_lab.cli", "repro", "-j", "2")
-    theirs = call(folder, sys.executable, str(Path(__file__).resolve()), "--plain", str(folder))
-    call(folder, sys.executable, str(Path(__file__).resolve()), "--saved", str(folder))
+    project(folder, part, pictures, small)
+    ours = common.call(folder, "ablab", "repro", "-j", "2")
+    theirs = common.call(folder, sys.executable, str(Path(__file__).resolve()), "--plain", str(folder))
+    common.call(folder, sys.executable, str(Path(__file__).resolve()), "--saved", str(folder))
     apart = {"saved": 0.0, "plain": 0.0}
     for path in sorted((folder / "plain").glob("*.npy")):
         with np.load(folder / f"cells/{path.stem}/seed-0/predictions.npz") as file:
             made = file["validation_probabilities"]
         for way in apart:
             apart[way] = max(apart[way], float(np.abs(np.load(folder / way / path.name) - made).max()))
-    return {"part": part, "plain": theirs, "pipeline": ours, "ratio": ours / theirs, "apart": apart}
+    return [
+        common.Figure(f"{part}: the pipeline : `fit` on the whole network", ours / theirs),
+        common.Figure(f"{part}: the pipeline", ours, "s"),
+        common.Figure(f"{part}: `fit` on the whole network", theirs, "s"),
+        common.Figure(f"{part}: probabilities apart from those of the saved network, at most", apart["saved"]),
+        common.Figure(f"{part}: probabilities apart from those of `fit`, at most", apart["plain"]),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("parts", nargs="*", default=["heads", "finetuning"], help="heads, finetuning or both")
-    parser.add_argument("--pictures", type=int, default=800, help="800 by default, as the studies have")
+    parser.add_argument("--pictures", type=int, help="800 by default, as the studies have")
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--weights", nargs=2, help=argparse.SUPPRESS)
@@ -214,15 +200,12 @@ def main() -> None:
         return saved_predictions(asked.saved)
     if asked.weights:
         return random_weights(*asked.weights)
-    for part in asked.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(part, Path(folder), asked.pictures)
-        print(
-            f"{part}, {asked.pictures} pictures: Keras fit on the whole network {found['plain']:.0f} s, the pipeline "
-            f"{found['pipeline']:.0f} s, ratio {found['ratio']:.3f}; predictions apart: {found['apart']['saved']:.1e} "
-            f"from the saved network's, {found['apart']['plain']:.1e} from those of fit",
-            flush=True,
-        )
+    figures = []
+    pictures = asked.pictures or (80 if asked.small else 800)
+    for part in asked.parts[: 1 if asked.small else None]:
+        with tempfile.TemporaryDirectory() as place:
+            figures += measure(part, Path(place) / "project", pictures, asked.small)
+    common.finish(figures, asked)
 
 
 if __name__ == "__main__":
