@@ -14,6 +14,7 @@ from test_killed import content, environment
 
 from ablation_lab import parallel
 from ablation_lab.dvc_command import due
+from ablation_lab.jobs import Job
 
 BROKEN = """
 from keras import Model, layers, saving
@@ -190,3 +191,21 @@ def test_why_a_cell_failed_is_told(exitcode, text, told, tmp_path):
 def test_a_number_of_cells_is_asked_for(project: Path):
     done = run(project, "ablab", "repro", "-j", "many")
     assert done.returncode == 1 and "--jobs: Expected a number of cells, or auto. Found: many." in done.stderr
+
+
+def test_small_cells_share_a_gpu_as_far_as_its_memory_goes(monkeypatch, tmp_path):
+    job = Job("train", "baseline", 0, "hash", 1.0, 1, 1, 1, 3 * 10**9)
+    assert [parallel.on_a_gpu([job], free) for free in (None, 10**9, 7 * 10**9, 10**12)] == [1, 1, 2, 4]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho 8000\necho 7000\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(parallel, "_gpus", lambda: ["0", "2"])
+    monkeypatch.setattr(parallel, "_cores", lambda: list(range(8)))
+    assert parallel._room([job]) == 4  # two on each
+    assert "--id=0,2" in (tmp_path / "nvidia-smi.asked").read_text()
+    job.devices = 2
+    assert parallel._room([job]) == 1
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    job.devices = 1
+    assert parallel._room([job]) == 2  # nobody knows: a GPU each

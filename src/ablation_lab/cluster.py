@@ -104,7 +104,7 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None
                 while queue and len(running) < (at_a_time or len(waiting)):
                     job = queue.pop(0)
                     job.started = time.monotonic()
-                    asked = task.options(num_cpus=job.threads, num_gpus=1 if gpus else 0, name=job.name)
+                    asked = task.options(num_cpus=job.threads, num_gpus=job.devices if gpus else 0, name=job.name)
                     running[asked.remote(project, _told(job, root), board)] = job
                 done, _ = ray.wait(list(running), timeout=1)
                 for name, row in ray.get(board.read.remote()).items():

@@ -1,5 +1,6 @@
 """The cells that are due, and what is shown of them while they are trained side by side."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from ablation_lab import cell, files, runner
 
+# Of a training on a GPU: CUDA's own bytes, with room for what its libraries work with, and copies of a number: of a
+# weight, its gradient and what an optimizer remembers; of what a layer gives, its gradient.
+GPU_CONTEXT, A_WEIGHT, A_VALUE = 10**9, 4 * 4, 2 * 4
 MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
 
 
@@ -26,6 +30,8 @@ class Job:
     cost: float
     epochs: int
     threads: int
+    devices: int  # GPUs, where there are some
+    memory: int  # bytes that it may need on each, a guess
     equal: list[str] = field(default_factory=list)  # the stages that share its result, its own among them
     row: dict[str, float] = field(default_factory=dict)
     started: float = 0
@@ -63,7 +69,13 @@ def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -
     macs = facts["macs"] - (frozen["macs"] if frozen["once"] else 0)
     wanted = cell.cell_hash(files.sha256(file), seed, card["digest"], code)
     cost = settings["epochs"] * pictures * macs / MACS_A_SECOND + 1
-    return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"])
+    values = (
+        sum(math.prod(size or 1 for size in layer["output_shape"]) for layer in facts["layers"])
+        * settings["batch_size"]
+    )
+    devices = settings["replicas"] or 1
+    memory = GPU_CONTEXT + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
+    return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"], devices, memory)
 
 
 class View:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ablation_lab import cell, errors, resume, runner
 from ablation_lab.errors import LabError
 from ablation_lab.jobs import Engine, Job, View
 
+MOST_ON_A_GPU = 4
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
 
 
@@ -77,8 +79,33 @@ def _cores() -> list[int]:
 
 
 def _room(waiting: list[Job]) -> int:
-    """As many cells as there are GPUs, else as the cores have threads for."""
-    return len(_gpus()) or max(1, len(_cores()) // max(job.threads for job in waiting))
+    """As many cells as the GPUs have room for, else as the cores have threads for."""
+    threads = max(1, len(_cores()) // max(job.threads for job in waiting))
+    if gpus := len(_gpus()):
+        several = max(job.devices for job in waiting)
+        return (
+            gpus // several or 1 if several > 1 else min(gpus * on_a_gpu(waiting, _free_memory()), max(gpus, threads))
+        )
+    return threads
+
+
+def on_a_gpu(waiting: list[Job], free: int | None) -> int:
+    """How many cells a GPU has memory for; small ones leave it idle most of the time.
+
+    Args:
+        free: bytes that are free on the fullest GPU; None when nobody knows.
+    """
+    return min(MOST_ON_A_GPU, max(1, (free or 0) // max(job.memory for job in waiting)))
+
+
+def _free_memory() -> int | None:
+    """Bytes that are free on the fullest GPU that may be used, as NVIDIA's driver says."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={','.join(_gpus())}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return min(int(line) for line in told.split()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code: dict[str, str]) -> None:
@@ -99,7 +126,8 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     # More threads than its share of the cores: then the system shares them out.
                     chosen = [cores[(slot * share + one) % len(cores)] for one in range(share)]
                     chosen = chosen if job.threads <= share else cores
-                    gpu = gpus[slot % len(gpus)] if gpus else None
+                    # One that more cells than one have is shared by its memory.
+                    gpu = [gpus[(slot * job.devices + one) % len(gpus)] for one in range(job.devices)] if gpus else []
                     log = logs / f"{job.name}.log"
                     arguments = (root, job, code, chosen, gpu, log, theirs)
                     process = context.Process(target=_cell, args=arguments, name=job.name, daemon=True)
@@ -132,7 +160,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
 
 
 def _cell(
-    root: Path, job: Job, code: dict[str, str], cores: list[int], gpu: str | None, log: Path, told: Connection
+    root: Path, job: Job, code: dict[str, str], cores: list[int], gpus: list[str], log: Path, told: Connection
 ) -> None:
     """What a process does: train one cell, its output in a file, each epoch told."""
     with log.open("w") as file:
@@ -141,8 +169,8 @@ def _cell(
     os.chdir(root)
     sys.path.insert(0, str(root))
     os.environ["DVC_STAGE"] = job.stage_name
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(gpus))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     with errors.explained():
