@@ -16,7 +16,8 @@ from test_statistics import by_statsmodels
 
 from ablation_lab import evaluation
 from ablation_lab.errors import LabError
-from ablation_lab.report import figures, pages, results, wording, write_report
+from ablation_lab.report import figures, pages, results, wording
+from ablation_lab.report.writing import write_report
 
 NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
 SCRIPT = f"<script>{Path(pages.__file__).with_name('script.js').read_text(encoding='utf-8')}</script>"

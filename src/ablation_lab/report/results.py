@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from sklearn.metrics import roc_curve
 
 from ablation_lab import cell, evaluation, files, selection, statistics
 from ablation_lab.errors import LabError
@@ -301,6 +300,8 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
 
 
 def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
+    from sklearn.metrics import roc_curve  # takes half a second
+
     found: dict[str, list[np.ndarray]] = {}
     for name in study.variants:
         scores = _tests(cells, name)
