@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from rich.live import Live
 from rich.table import Table
 
 from ablation_lab import cell, errors, files, params, resume, runner
-from ablation_lab.dvc_command import DVC, due, environment, mend
+from ablation_lab.dvc_command import DVC, due, environment, keep, mend
 from ablation_lab.errors import LabError
+from ablation_lab.tracking import live
 
 MACS_A_SECOND = 3e9  # of one thread, forward and backward: a first guess, put right by the first cells
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
@@ -81,16 +83,17 @@ def repro(root: Path, jobs: int | None) -> int:
         if stage == "finetune" and variants and (status := _dvc(root, "repro", "select")):
             return status
         cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
-        waiting = [_job(stage, *cells[name], root, code) for name in due(root, list(cells))] if cells else []
+        card = files.read_json(root / runner.DATA / "card.json")
+        waiting = [_job(stage, *cells[name], root, code, card) for name in due(root, list(cells))] if cells else []
         if not waiting:
             continue
         _side_by_side(waiting, jobs or _room(waiting), context, root, code)
         failed = [job for job in waiting if job.failure]
+        left = keep(root, {f"{job.stage}@{job.name}": partial(_take, job) for job in waiting if not job.failure})
         if failed:
             # What has been trained is kept; DVC alone would try the others once more.
-            good = [f"{job.stage}@{job.name}" for job in waiting if not job.failure]
-            if good:
-                _dvc(root, "repro", "--keep-going", "--single-item", *good)
+            if left:
+                _dvc(root, "repro", "--keep-going", "--single-item", *left)
             for job in failed:
                 print(f"\nerror: {job.stage}@{job.name}: {job.failure}", file=sys.stderr)
             return 1
@@ -106,7 +109,7 @@ def _context() -> Any:
     if _gpus():
         return multiprocessing.get_context("spawn")  # CUDA doesn't outlive a fork
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner"])
+    context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner", *live.LOGGER])
     from multiprocessing import forkserver
 
     with _deaf():
@@ -143,9 +146,17 @@ def _room(waiting: list[Job]) -> int:
     return len(_gpus()) or max(1, len(_cores()) // max(job.threads for job in waiting))
 
 
-def _job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -> Job:
+def _take(job: Job) -> bool:
+    """Have a trained cell in its folder; False of one that is equal to another one, whose stage shares its result."""
+    result = runner.take(job.variant, job.seed)
+    if result and job.stage == "train":
+        cell.write_validation(job.variant, job.seed, result)
+    return result is not None
+
+
+def _job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str], card: dict[str, Any]) -> Job:
     file = cell.plan_file(variant, root)
-    plan, card = files.read_json(file), files.read_json(root / runner.DATA / "card.json")
+    plan = files.read_json(file)
     facts = files.read_json(cell.plan_file(variant, root, "networks/"))
     settings = plan["train"]
     pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
@@ -180,7 +191,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     gpu = gpus[slot % len(gpus)] if gpus else None
                     log = logs / f"{job.name}.log"
                     arguments = (root, job, code, chosen, gpu, log, theirs)
-                    process = context.Process(target=_cell, args=arguments, name=job.name, daemon=True)
+                    process = context.Process(target=_cell, args=arguments, name=job.name)
                     with _deaf():
                         process.start()
                         running[process.sentinel] = (process, job, slot, ours)
@@ -293,9 +304,11 @@ class _view:
         known = [job for job in self.done if not job.failure]
         if not known:
             return ""
-        rest = sum(job.cost for job in self.all if job not in self.done)
+        if len(self.done) == len(self.all):
+            return ""
+        rest = sum(job.cost for job in self.all) - sum(job.cost for job in self.done)
         spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
-        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
+        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left"
 
 
 def _accuracy(job: Job, before: str = "") -> str:
