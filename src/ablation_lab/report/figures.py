@@ -36,6 +36,7 @@ FEW_PICTURES = 10  # below which an accuracy of a range of confidence says nothi
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
 FEW, SMALL = 12, 64  # variants, and pixels of a picture, up to which the mistakes of each variant are shown
+ROWS = 50  # variants up to which a figure has a row for each: two pages of a screen
 DISTINCT = len(COLORS) * len(LINES)  # variants up to which a figure has a line for each
 BOXES = 400  # in all drawings of networks of more than a few variants: at most 3 MB of the page
 
@@ -74,10 +75,12 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
 
 
 def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
-    figure, axes = _rows(study.variants)
+    names, which = telling(study, material, ROWS)
+    figure, axes = _rows(names)
     reported, part = False, "test" if material.shown else "validation"
     key = f"{part}_accuracy"
-    for row, (name, variant) in enumerate(material.results["variants"].items()):
+    for row, name in enumerate(names):
+        variant = material.results["variants"][name]
         color = _looks(study, name)["color"]
         values = [cell[key] for cell in variant["cells"].values() if cell[key] is not None]
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
@@ -106,14 +109,16 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         caption += " Line: 95 % interval of the mean, over seeds and test pictures."
     caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
-    means = {name: mean_of(variant, key) for name, variant in material.results["variants"].items()}
+    means = {name: mean_of(material.results["variants"][name], key) for name in names}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
     title = f"{part.capitalize()} accuracy"
-    return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption
+    return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption + which
 
 
 def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
-    others = {name: one["delta"] for name, one in material.results["variants"].items() if one["delta"]["verdict"]}
+    names, which = telling(study, material, ROWS)
+    deltas = {name: material.results["variants"][name]["delta"] for name in names}
+    others = {name: delta for name, delta in deltas.items() if delta["verdict"]}
     figure, axes = _rows(others or ["no other variant"])
     seen = []
     for row, delta in enumerate(others.values()):
@@ -148,12 +153,13 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
         f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
         for name, delta in others.items()
     )
-    return figure, "Difference from the baseline", f"Difference of each variant from the baseline: {told}.", caption
+    alt = f"Difference of each variant from the baseline: {told}."
+    return figure, "Difference from the baseline", alt, caption + which
 
 
 def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Validation accuracy and loss of all variants on the same axes."""
-    names, which = _telling(study, material, DISTINCT)
+    names, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in names}
     columns = 2 if max(len(label) for label in labels.values()) > 14 else 3
     lines = sum(label.count("\n") + 1 for label in labels.values())
@@ -191,7 +197,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
 
 def train_validation(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Training against validation, a panel a variant for accuracy and one for loss, axes shared by all."""
-    names, which = _telling(study, material, FEW)
+    names, which = telling(study, material, FEW)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(style.WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
@@ -230,7 +236,7 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
 def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Row-normalised confusion matrices, one a variant, in one scale."""
     names = material.card["classes"]
-    variants, which = _telling(study, material, FEW)
+    variants, which = telling(study, material, FEW)
     columns = 1 if 10 < len(names) <= style.MANY or len(variants) == 1 else 2
     rows = -(-len(variants) // columns)
     side = style.WIDTH / columns if columns == 2 else 6.2 if len(names) > 10 else 4.6
@@ -263,7 +269,7 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
     title, names = "ROC curves", material.card["classes"]
     if not material.roc:
         return None, title, "", ""
-    variants, which = _telling(study, material, DISTINCT)
+    variants, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in variants if name in material.roc}
     figure = Figure(figsize=(style.WIDTH, 5.2 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     axes = figure.subplots()
@@ -287,7 +293,7 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
 def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy against three costs, and the variants that no other one beats in both."""
     part = "test" if material.shown else "validation"
-    names, which = _telling(study, material, DISTINCT)
+    names, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in names}
     figure = Figure(figsize=(style.WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -334,7 +340,7 @@ def _costs(material: Material) -> dict[str, dict[str, float]]:
 
 def calibration(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy of the pictures of each range of confidence: a reliability diagram."""
-    shown, which = _telling(study, material, len(COLORS) + 1)
+    shown, which = telling(study, material, len(COLORS) + 1)
     figure = Figure(figsize=(style.WIDTH, 4.6 + 0.24 * -(-len(shown) // 2)), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
@@ -362,9 +368,10 @@ def calibration(study: Params, material: Material) -> tuple[Figure, str, str, st
 
 def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """How much better the kept network is on the pictures that it was trained with."""
-    figure, axes = _rows(study.variants)
+    names, which = telling(study, material, ROWS)
+    figure, axes = _rows(names)
     told = []
-    for row, name in enumerate(study.variants):
+    for row, name in enumerate(names):
         color = _looks(study, name)["color"]
         values = material.gaps(name)
         if not values:
@@ -381,7 +388,7 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     caption = "Dots: seeds. Upright bar: their mean. Both accuracies are those of the kept weights, with dropout off. "
     caption += "A large gap can be a sign of overfitting."
     alt = f"Training minus validation accuracy in points, mean over seeds: {'; '.join(told)}."
-    return figure, "Gap between training and validation", alt, caption
+    return figure, "Gap between training and validation", alt, caption + which
 
 
 def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -556,7 +563,7 @@ def _ranked(study: Params, material: Material) -> list[str]:
     return list(dict.fromkeys([study.study.baseline, _best(study, material), *far, *study.variants]))
 
 
-def _telling(study: Params, material: Material, most: int) -> tuple[list[str], str]:
+def telling(study: Params, material: Material, most: int) -> tuple[list[str], str]:
     """Variants for a figure with room for so many, in the study's order, and what its caption says of the choice."""
     names = list(study.variants)
     if len(names) <= most:

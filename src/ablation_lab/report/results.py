@@ -1,6 +1,7 @@
 """Gather what the report needs and assemble `results.json` and `timings.json`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,11 @@ class Material:
 
     def history(self, variant: str, seed: int) -> pd.DataFrame:
         """A cell's rows of `curves`."""
-        return self.curves[(self.curves["variant"] == variant) & (self.curves["seed"] == seed)]
+        return self._histories.get((variant, seed), self.curves[:0])
+
+    @cached_property
+    def _histories(self) -> dict[Any, pd.DataFrame]:
+        return dict(iter(self.curves.groupby(["variant", "seed"], sort=False)))
 
     def _tests(self, variant: str) -> list[dict[str, Any]]:
         return _tests(self.cells, variant)
