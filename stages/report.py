@@ -5,7 +5,7 @@ from ablation_lab import errors
 
 def main() -> None:
     from ablation_lab import params, selection
-    from ablation_lab.report import write_report
+    from ablation_lab.report.writing import write_report
 
     print(write_report(selection.both_phases(params.load())))
     print("\nReport: reports/report.html")

@@ -11,7 +11,8 @@ from test_preprocess import contents, image_folder, no_project_around  # noqa: F
 
 from ablation_lab import duplicates, evaluation, params, preprocess
 from ablation_lab.params import Split
-from ablation_lab.report import pages, results, write_report
+from ablation_lab.report import pages, results
+from ablation_lab.report.writing import write_report
 
 NOTHING = {"count": 0, "same_class": 0, "first": []}
 NONE = {key: NOTHING for key in ("test_in_train", "test_in_validation", "validation_in_train")}

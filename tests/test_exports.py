@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from ablation_lab import evaluation
-from ablation_lab.report import exports, write_report
+from ablation_lab.report import exports
 from ablation_lab.report.wording import Table
+from ablation_lab.report.writing import write_report
 
 NASTY = [
     "<script>alert(1)</script>",

@@ -16,7 +16,8 @@ from test_statistics import by_statsmodels
 
 from ablation_lab import evaluation
 from ablation_lab.errors import LabError
-from ablation_lab.report import figures, pages, results, wording, write_report
+from ablation_lab.report import figures, pages, results, wording
+from ablation_lab.report.writing import write_report
 
 NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
 SCRIPT = f"<script>{Path(pages.__file__).with_name('script.js').read_text(encoding='utf-8')}</script>"
@@ -568,7 +569,7 @@ def test_a_study_of_many_variants_shows_the_telling_ones(tmp_path):
     material = results.gather(study, tmp_path)
     ranked = figures._ranked(study, material)
     assert ranked[0] == "v0" and {"v5", "v9"} <= set(ranked[1:4]) and ranked[-1] == "v7"
-    shown, which = figures._telling(study, material, 12)
+    shown, which = figures.telling(study, material, 12)
     assert shown == [name for name in names if name in ranked[:12]]
     assert which.startswith(" 12 of 14 variants: the baseline, the best on validation, and those whose test accuracy")
     # One picture of the network that all but v3 have.
@@ -582,6 +583,24 @@ def test_a_study_of_many_variants_shows_the_telling_ones(tmp_path):
     assert drawn == {"network_v0", "network_v3"}
     for text in (html, markdown):
         assert text.count("12 of 14 variants") == 2 and "Also the network of v" in text
+
+
+def test_a_study_of_hundreds_of_variants_stays_readable(tmp_path):
+    names = [f"v{number}" for number in range(90)]
+    study = fabricate.study(names, seeds=(0, 1))
+    fabricate.write(tmp_path, study, classes=3, pictures=30, epochs=2, skill={"v5": 1, "v80": 8})
+    evaluation.evaluate(study, tmp_path)
+    material = results.gather(study, tmp_path)
+    for make in (figures.accuracy, figures.difference, figures.gap):
+        figure, _, _, caption = make(study, material)
+        assert figure.get_size_inches()[1] < 25 and f"{figures.ROWS} of 90 variants" in caption
+        labels = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+        assert {"v5", "v80"} <= labels and len(labels) <= figures.ROWS
+    page = pages.build(study, material)
+    assert len(page["variants"].rows) == 90 and len(page["cells"].rows) == 180  # nothing is lost
+    for name in ("classes", "probabilities"):
+        assert len(page["errors"][name].columns) == 1 + figures.DISTINCT
+        assert f"{figures.DISTINCT} of 90 variants" in page["errors"][name].note
 
 
 def test_no_two_of_many_variants_look_alike():

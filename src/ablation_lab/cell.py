@@ -120,9 +120,9 @@ def history(folder: Path) -> list[dict[str, float]]:
     return [row | {"epoch_seconds": spent} for row, spent in zip(rows, seconds, strict=True)]
 
 
-def finished_twin(cells: Path, here: Path, wanted: str) -> Path | None:
+def finished_twin(variant: str, seed: int, wanted: str, root: Path = Path()) -> Path | None:
     """Another folder that holds the finished cell with this hash: a variant that resolves to the same network."""
-    for result in sorted(cells.glob(f"*/seed-*[0-9]/{RESULT}")):  # not the .part of another process
-        if result.parent != here and is_finished(result.parent, wanted):
-            return result.parent
+    for found in sorted(root.glob(f"cells/*/seed-{seed}")):
+        if found.parent.name != variant and is_finished(found, wanted):
+            return found
     return None

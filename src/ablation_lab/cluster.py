@@ -95,7 +95,8 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None
     gpus = ray.cluster_resources().get("GPU", 0)
     # Beside this process: the node of another one may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(node.Board).remote()
+    kept: Any = ray.remote(num_cpus=0)(node.Board)
+    board = kept.options(scheduling_strategy=here).remote()
     task = ray.remote(max_calls=1, max_retries=TRIES)(node.work)  # a process each: its threads are fixed at its start
     sent = _sent(root, waiting)
     queue = list(waiting)

@@ -5,13 +5,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ablation_lab import cell, files, runner
+from ablation_lab import cell, files
 
 # Of a training on a GPU: CUDA's own bytes, with room for what its libraries work with, and copies of a number: of a
 # weight, its gradient and what an optimizer remembers; of what a layer gives, its gradient.
@@ -57,10 +57,10 @@ class Engine(Protocol):
     def __call__(self, waiting: list[Job], at_a_time: int | None, /) -> None: ...
 
 
-def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str]) -> Job:
-    """A cell that is due, from its plan."""
+def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str], card: dict[str, Any]) -> Job:
+    """A cell that is due, from its plan and the card of its data."""
     file = cell.plan_file(variant, root)
-    plan, card = files.read_json(file), files.read_json(root / runner.DATA / "card.json")
+    plan = files.read_json(file)
     facts = files.read_json(cell.plan_file(variant, root, "networks/"))
     settings = plan["train"]
     pictures = (settings["steps_per_epoch"] or 0) * settings["batch_size"]
@@ -124,9 +124,11 @@ class View:
         known = [job for job in self.done if not job.failure]
         if not known:
             return ""
-        rest = sum(job.cost for job in self.all if job not in self.done)
+        if len(self.done) == len(self.all):
+            return ""
+        rest = sum(job.cost for job in self.all) - sum(job.cost for job in self.done)
         spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
-        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left" if rest else ""
+        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left"
 
 
 def _accuracy(job: Job, before: str = "") -> str:

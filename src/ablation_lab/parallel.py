@@ -21,6 +21,7 @@ from typing import Any
 from ablation_lab import cell, errors, resume, runner
 from ablation_lab.errors import LabError
 from ablation_lab.jobs import Engine, Job, View
+from ablation_lab.tracking import live
 
 MOST_ON_A_GPU = 4
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
@@ -46,7 +47,7 @@ def _context() -> Any:
     if _gpus():
         return multiprocessing.get_context("spawn")  # CUDA doesn't outlive a fork
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner"])
+    context.set_forkserver_preload(["ablation_lab.training", "ablation_lab.runner", *live.LOGGER])
     from multiprocessing import forkserver
 
     with _deaf():
@@ -130,7 +131,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     gpu = [gpus[(slot * job.devices + one) % len(gpus)] for one in range(job.devices)] if gpus else []
                     log = logs / f"{job.name}.log"
                     arguments = (root, job, code, chosen, gpu, log, theirs)
-                    process = context.Process(target=_cell, args=arguments, name=job.name, daemon=True)
+                    process = context.Process(target=_cell, args=arguments, name=job.name)
                     with _deaf():
                         process.start()
                         running[process.sentinel] = (process, job, slot, ours)

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -562,7 +562,8 @@ def _build(
     """Build a network without its weights, and use once everything of Keras' that is only named in the study: what
     would stop a training after hours of others stops the plan."""
     chosen = variant.resolved()
-    keras.utils.clear_session()  # layers that name themselves have the same names in every variant
+    # Layers that name themselves have the same names in every variant. Garbage is found without being looked for.
+    keras.utils.clear_session(free_memory=False)
     # A network for pictures of any size is sized at that of the data.
     model = chosen["model"] | {"any_size": False}
     with _told_of("model"), backend.precision(chosen["train"]["precision"]):
@@ -574,26 +575,45 @@ def _build(
                 models.build(chosen["model"], chosen["input"]["rescale"], image_shape, classes)
         elif "initializer" in model:
             _check_initializer(network, model["initializer"])
-    if chosen["train"]["xla"] is True:
+    train = chosen["train"]
+    if train["xla"] is True:
         _check_xla(network)
     with _told_of("input.augment"):
-        for layer in optimization.augmentation(chosen["input"]["augment"]):
-            _check_augmentation(layer, image_shape)
+        _once_a_study(_check_augmentations, chosen["input"]["augment"], image_shape)
     with _told_of("train.optimizer"):
-        optimizer = optimization.optimizer(chosen["train"]["optimizer"])
-        weight = keras.Variable(np.zeros((2, 2), np.float32))
-        optimizer.apply([np.ones((2, 2), np.float32)], [weight])
+        _once_a_study(_check_optimizer, train["optimizer"])
     with _told_of("train.loss"):
-        output, labels = models.output(model), np.zeros(2, np.int32)
-        one_hot = np.zeros((2, classes), np.float32)
-        one_hot[:, 0] = 1
-        given = {"number": labels, "one_hot": one_hot, "second": labels[:, None]}
-        loss = optimization.loss(chosen["train"], output)
-        predicted = np.full((2, 1 if output == "sigmoid" else classes), 1 / classes, np.float32)
-        value = loss(given[optimization.label_form(chosen["train"], output)], predicted)
-        if tuple(value.shape):
-            raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
+        settings = {key: value for key, value in train.items() if key not in ("optimizer", "epochs", "batch_size")}
+        _once_a_study(_check_loss, settings, models.output(model), classes)
     return network
+
+
+def _once_a_study(check: Callable[..., None], *settings: Any) -> None:
+    """Check settings that many variants have in common: what has passed passes again."""
+    key = (check.__name__, params.canonical_json(settings))
+    if key not in _passed:
+        check(*settings)
+        _passed.add(key)
+
+
+_passed: set[tuple[str, str]] = set()
+
+
+def _check_optimizer(settings: dict[str, Any]) -> None:
+    optimizer = optimization.optimizer(settings)
+    weight = keras.Variable(np.zeros((2, 2), np.float32))
+    optimizer.apply([np.ones((2, 2), np.float32)], [weight])
+
+
+def _check_loss(train: dict[str, Any], output: str, classes: int) -> None:
+    labels, one_hot = np.zeros(2, np.int32), np.zeros((2, classes), np.float32)
+    one_hot[:, 0] = 1
+    given = {"number": labels, "one_hot": one_hot, "second": labels[:, None]}
+    loss = optimization.loss(train, output)
+    predicted = np.full((2, 1 if output == "sigmoid" else classes), 1 / classes, np.float32)
+    value = loss(given[optimization.label_form(train, output)], predicted)
+    if tuple(value.shape):
+        raise LabError(f"train.loss: Expected one number for a batch. Found: shape {tuple(value.shape)}.")
 
 
 @contextmanager
@@ -631,7 +651,7 @@ def _without_weights(
             raise
         return None  # the building that follows tells what is wrong, if it is
     finally:
-        keras.utils.clear_session()  # Keras would fill these weights at the next opportunity
+        keras.utils.clear_session(free_memory=False)  # Keras would fill these weights at the next opportunity
     found = network.count_params()
     if found > MOST_WEIGHTS:
         most = max(network.layers, key=lambda layer: layer.count_params())
@@ -647,7 +667,7 @@ def _check_initializer(network: keras.Model, name: str) -> None:
     for layer in network.layers:
         for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel"):
             if (weight := getattr(layer, attribute, None)) is not None:
-                keras.initializers.get(name)([min(size, 2) for size in weight.shape])
+                _once_a_study(_fill, name, [min(size, 2) for size in weight.shape])
 
 
 def _check_xla(network: keras.Model) -> None:
@@ -662,16 +682,23 @@ def _check_xla(network: keras.Model) -> None:
         trained = trained or bool(layer.trainable_weights)
 
 
-def _check_augmentation(layer: keras.layers.Layer, image_shape: tuple[int, int, int]) -> None:
-    """Use a layer on two pictures of this shape; on large ones by their shape alone, which takes no memory."""
+def _fill(name: str, shape: list[int]) -> None:
+    keras.initializers.get(name)(shape)
+
+
+def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
+    """Use each layer on two pictures of this shape; on large ones by their shape alone, which takes no memory."""
     shape = (2, *image_shape)
     small = math.prod(image_shape) <= SMALL_PICTURE
     # Floats, as a network's input makes them: some layers take nothing else.
     pictures = np.zeros(shape, np.float32) if small else keras.KerasTensor(shape, "float32")
-    changed = layer(pictures, training=True)
-    if tuple(changed.shape) != shape:
-        found = "×".join(map(str, changed.shape[1:]))
-        raise LabError(f"input.augment.{type(layer).__name__}: Expected pictures of the same shape. Found: {found}.")
+    for layer in optimization.augmentation(augment):
+        changed = layer(pictures, training=True)
+        if tuple(changed.shape) != shape:
+            found = "×".join(map(str, changed.shape[1:]))
+            raise LabError(
+                f"input.augment.{type(layer).__name__}: Expected pictures of the same shape. Found: {found}."
+            )
 
 
 def _fingerprint(network: keras.Model, variant: Variant) -> str:

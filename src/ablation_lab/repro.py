@@ -7,10 +7,11 @@ then `dvc repro` takes them, as if its stages had trained them. What is kept, lo
 
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
-from ablation_lab import cell, jobs, params
-from ablation_lab.dvc_command import call, due, mend
+from ablation_lab import cell, files, jobs, params, runner
+from ablation_lab.dvc_command import call, due, keep, mend
 from ablation_lab.errors import LabError
 
 
@@ -44,7 +45,10 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
             if stage == "finetune" and variants and (status := call(root, "repro", "select")):
                 return status
             cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
-            waiting = [jobs.job(stage, *cells[name], root, code) for name in due(root, list(cells))] if cells else []
+            card = files.read_json(root / runner.DATA / "card.json")
+            waiting = (
+                [jobs.job(stage, *cells[name], root, code, card) for name in due(root, list(cells))] if cells else []
+            )
             if not waiting:
                 continue
             once = {job.wanted: job for job in reversed(waiting)}
@@ -54,15 +58,24 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
             for job in waiting:
                 job.failure = once[job.wanted].failure
             failed = [job for job in waiting if job.failure]
+            left = keep(root, {job.stage_name: partial(_take, job) for job in waiting if not job.failure})
             if failed:
                 # What has been trained is kept; DVC alone would try the others once more.
-                good = [job.stage_name for job in waiting if not job.failure]
-                if good:
-                    call(root, "repro", "--keep-going", "--single-item", *good)
+                if left:
+                    call(root, "repro", "--keep-going", "--single-item", *left)
                 for job in failed:
                     print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
                 return 1
     return call(root, "repro")
+
+
+def _take(job: jobs.Job) -> bool:
+    """Have a trained cell in its folder; False of one that is equal to another one, whose stage shares its result, or
+    that is in DVC's cache."""
+    result = runner.take(job.variant, job.seed)
+    if result and job.stage == "train":
+        cell.write_validation(job.variant, job.seed, result)
+    return result is not None
 
 
 def _engine(name: str, address: str | None, root: Path, code: dict[str, str]) -> AbstractContextManager[jobs.Engine]:

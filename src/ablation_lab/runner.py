@@ -29,12 +29,12 @@ def run_cell(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | N
     parent = os.getppid()
     out = cell.folder(variant, seed, root)
     with resume.alone(variant, seed, root) as waited:
-        identity, hashes = identify(variant, seed, root)
-        if waited and cell.is_finished(out, identity.cell_hash):
-            print(f"{identity.name}: trained by that process")
+        hashes = identify(variant, seed, root)
+        if waited and cell.is_finished(out, hashes["cell_hash"]):
+            print(f"{variant}-{seed}: trained by that process")
             return files.read_json(out / cell.RESULT)
-        with resume.place(identity.cell_hash) as place:
-            make(identity, hashes, place, root)
+        with resume.place(hashes["cell_hash"]) as place:
+            make(variant, seed, hashes, place, root)
             result = files.read_json(place / resume.READY / cell.RESULT)
             if os.getppid() != parent:
                 resume.leave(place)
@@ -58,49 +58,63 @@ def prepare(
         tracked: whether MLflow is told while it is trained; if not, the stage `track` tells it all.
         made: what this process can't know of what the cell is made with, such as the commit on another machine.
     """
-    identity, hashes = identify(variant, seed, root, made)
-    out = cell.folder(variant, seed, root)
-    before = cell.is_finished(out, identity.cell_hash)
-    with resume.place(identity.cell_hash, wait=True) as place:
-        if not before and cell.is_finished(out, identity.cell_hash):
+    hashes = identify(variant, seed, root)
+    wanted, out = hashes["cell_hash"], cell.folder(variant, seed, root)
+    before = cell.is_finished(out, wanted)
+    with resume.place(wanted, wait=True) as place:
+        if not before and cell.is_finished(out, wanted):
             return  # by the process that was waited for
-        make(identity, hashes, place, root, told, tracked)
+        make(variant, seed, hashes, place, root, told, tracked, made)
         resume.leave(place)
 
 
-def identify(
-    variant: str, seed: int, root: Path = Path(), made: dict[str, str] | None = None
-) -> tuple[live.Identity, dict[str, str]]:
-    """What a cell's run in MLflow is told, and the hashes that `cell.json` holds."""
-    plan_file = cell.plan_file(variant, root)
-    plan = files.read_json(plan_file)
+def take(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | None:
+    """Move a prepared cell to its folder.
+
+    Returns:
+        What `cell.json` holds; None where the cell isn't prepared.
+    """
+    with resume.alone(variant, seed, root):
+        wanted = identify(variant, seed, root)["cell_hash"]
+        with resume.place(wanted) as place:
+            if not resume.is_ready(place, wanted):
+                return None
+            result = files.read_json(place / resume.READY / cell.RESULT)
+            resume.take(place, cell.folder(variant, seed, root))
+    return result
+
+
+def identify(variant: str, seed: int, root: Path = Path()) -> dict[str, str]:
+    """The hashes that `cell.json` holds."""
     card = files.read_json(root / DATA / "card.json")
-    hashes = cell.hashes(files.sha256(plan_file), seed, card["digest"], root)
-    wanted = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance() | (made or {}))
-    return live.Identity(cell.study_name(root), variant, seed, *wanted), hashes
+    return cell.hashes(files.sha256(cell.plan_file(variant, root)), seed, card["digest"], root)
 
 
 def make(
-    identity: live.Identity,
+    variant: str,
+    seed: int,
     hashes: dict[str, str],
     place: Path,
     root: Path,
     told: Told = lambda row: None,
     tracked: bool = True,
+    made: dict[str, str] | None = None,
 ) -> None:
     """Train a cell in its place, unless it is there. A cell that another variant has finished already, under the same
     plan, data, code and seed, is shared. A cell of the second phase starts from the weights of the selected variant's
     cell with the same seed."""
     ready = place / resume.READY
-    if resume.is_ready(place, identity.cell_hash):
-        print(f"{identity.name}: trained already")
+    if resume.is_ready(place, hashes["cell_hash"]):
+        print(f"{variant}-{seed}: trained already")
         return
+    plan, card = files.read_json(cell.plan_file(variant, root)), files.read_json(root / DATA / "card.json")
+    told_of = (hashes["cell_hash"], hashes["variant_hash"], plan, card, live.provenance() | (made or {}))
+    identity = live.Identity(cell.study_name(root), variant, seed, *told_of)
     with live.cell_run(identity) if tracked else nullcontext() as run:
-        out = cell.folder(identity.variant, identity.seed, root)
-        twin = cell.finished_twin(root / "cells", out, identity.cell_hash)
+        twin = cell.finished_twin(variant, seed, hashes["cell_hash"], root)
         with files.whole(ready) as folder:
             if twin:
-                print(f"{identity.name}: the same training as {twin.parent.name}-{identity.seed}, result shared")
+                print(f"{identity.name}: the same training as {twin.parent.name}-{seed}, result shared")
                 shutil.copytree(twin, folder, dirs_exist_ok=True)
                 if run:
                     for row in cell.history(folder):

@@ -1,5 +1,6 @@
 """Train one cell: fit, keep the best weights, predict, write the cell's files."""
 
+import csv
 import json
 import math
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from ablation_lab import backend, cell, checkpoint, distribution, feeding, files, frozen, models, optimization, pipeline
@@ -147,8 +147,7 @@ def train(
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     backend.save_weights(network, out / cell.WEIGHTS)
-    history = pd.DataFrame(recorder.history).astype("float32").astype({"epoch": "int64"})
-    history.to_csv(out / cell.HISTORY, index=False, lineterminator="\n")
+    _write_history(recorder.history, out / cell.HISTORY)
     np.savez(out / cell.PREDICTIONS, **predictions)
     np.savez(out / cell.UNTRAINED, positions=shown, probabilities=before)
     result = {
@@ -169,6 +168,16 @@ def train(
     }
     files.write_json(out / cell.TIMING, timing)
     return result
+
+
+def _write_history(rows: list[dict[str, float]], path: Path) -> None:
+    """Write `history.csv`: the shortest numbers that are the same float32, nothing for one that isn't a number."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        for row in rows:
+            numbers = [np.float32(value) for value in list(row.values())[1:]]
+            writer.writerow([row["epoch"], *("" if np.isnan(number) else str(number) for number in numbers)])
 
 
 def _accuracy(predictions: dict[str, Any], part: str) -> float:

@@ -84,7 +84,7 @@ def train_again(variant: str, seed: int, place: str) -> None:
         result = training.train(
             plan, seed, runner.DATA, out, f"{variant}-{seed}", lambda row: None, start, features=features
         )
-        files.write_json(out / cell.RESULT, result | runner.identify(variant, seed)[1])
+        files.write_json(out / cell.RESULT, result | runner.identify(variant, seed))
 
 
 def differences(kept: Path, again: Path) -> list[str]:
@@ -167,7 +167,7 @@ def _short(value: Any) -> str:
 
 def _up_to_date(name: str, variant: str, seed: int, root: Path) -> None:
     there = files.read_json(cell.folder(variant, seed, root) / cell.RESULT)
-    if there.get("cell_hash") != runner.identify(variant, seed, root)[0].cell_hash:
+    if there.get("cell_hash") != runner.identify(variant, seed, root)["cell_hash"]:
         raise LabError(
             f"{name}: Expected a cell made from today's plan, data and code. Found: an older one. Run `dvc repro`."
         )

@@ -1,11 +1,9 @@
 """The report's pictures. Colours after Okabe and Ito (2008); line styles and markers say the same once more."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +11,16 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from ablation_lab.params import Params
-from ablation_lab.report import drawing
+from ablation_lab.report import drawing, style
 from ablation_lab.report.results import EXAMPLES, Material, mean_of, validation_means
 from ablation_lab.report.wording import si
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
-WIDTH = 6.4  # inches; shown as wide as a text column, the text in a picture is then as large as the page's
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-    "text.parse_math": False,  # a class may be called "$1"
-    "svg.fonttype": "none",  # text stays text, to be searched and edited
-    "svg.hashsalt": "ablation-lab",  # the same ids in every run
-}
 BASELINE = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 LINES = ("-", "--", "-.", (0, (1, 1.2)))
@@ -53,14 +33,12 @@ VERDICTS = {
 }
 FRONT: dict[str, Any] = {"color": "#bbbbbb", "linewidth": 5, "solid_capstyle": "round", "zorder": 0}
 FEW_PICTURES = 10  # below which an accuracy of a range of confidence says nothing
-# What a history's columns begin with, and how they are drawn.
-SIDES = (("", "#D55E00", "--", "training"), ("val_", "#0072B2", "-", "validation"))
 LONG = 50  # epochs from which curves are smoothed
 WINDOW = 9  # epochs of the moving mean
 FEW, SMALL = 12, 64  # variants, and pixels of a picture, up to which the mistakes of each variant are shown
+ROWS = 50  # variants up to which a figure has a row for each: two pages of a screen
 DISTINCT = len(COLORS) * len(LINES)  # variants up to which a figure has a line for each
 BOXES = 400  # in all drawings of networks of more than a few variants: at most 3 MB of the page
-MANY = 20  # classes from which a confusion matrix has no numbers
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
     makes |= {
         f"network_{name}": partial(network, name=name, same=same) for name, same in _networks(study, material).items()
     }
-    with matplotlib.rc_context(STYLE), _any_glyphs():
+    with matplotlib.rc_context(style.STYLE), style.any_glyphs():
         for name, make in makes.items():
             figure, title, alt, caption = make(study, material)
             if figure is None:
@@ -97,10 +75,12 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
 
 
 def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
-    figure, axes = _rows(study.variants)
+    names, which = telling(study, material, ROWS)
+    figure, axes = _rows(names)
     reported, part = False, "test" if material.shown else "validation"
     key = f"{part}_accuracy"
-    for row, (name, variant) in enumerate(material.results["variants"].items()):
+    for row, name in enumerate(names):
+        variant = material.results["variants"][name]
         color = _looks(study, name)["color"]
         values = [cell[key] for cell in variant["cells"].values() if cell[key] is not None]
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
@@ -121,7 +101,7 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     base = mean_of(material.results["variants"][study.study.baseline], key)
     if base is not None:
         axes.axvline(base, color=BASELINE, linewidth=1, linestyle="--")
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_formatter(style.PERCENT)
     axes.set_xlabel(f"{part} accuracy")
     axes.margins(x=0.06)
     caption = "Dots: seeds. Upright bar: their mean."
@@ -129,14 +109,16 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         caption += " Line: 95 % interval of the mean, over seeds and test pictures."
     caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
-    means = {name: mean_of(variant, key) for name, variant in material.results["variants"].items()}
+    means = {name: mean_of(material.results["variants"][name], key) for name in names}
     told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
     title = f"{part.capitalize()} accuracy"
-    return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption
+    return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption + which
 
 
 def difference(study: Params, material: Material) -> tuple[Figure, str, str, str]:
-    others = {name: one["delta"] for name, one in material.results["variants"].items() if one["delta"]["verdict"]}
+    names, which = telling(study, material, ROWS)
+    deltas = {name: material.results["variants"][name]["delta"] for name in names}
+    others = {name: delta for name, delta in deltas.items() if delta["verdict"]}
     figure, axes = _rows(others or ["no other variant"])
     seen = []
     for row, delta in enumerate(others.values()):
@@ -171,16 +153,17 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
         f"{name} {delta['verdict']}" + ("" if delta["mean"] is None else f" ({100 * delta['mean']:+.2f} points)")
         for name, delta in others.items()
     )
-    return figure, "Difference from the baseline", f"Difference of each variant from the baseline: {told}.", caption
+    alt = f"Difference of each variant from the baseline: {told}."
+    return figure, "Difference from the baseline", alt, caption + which
 
 
 def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Validation accuracy and loss of all variants on the same axes."""
-    names, which = _telling(study, material, DISTINCT)
+    names, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in names}
     columns = 2 if max(len(label) for label in labels.values()) > 14 else 3
     lines = sum(label.count("\n") + 1 for label in labels.values())
-    figure = Figure(figsize=(WIDTH, 6.4 + 0.24 * -(-lines // columns)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 6.4 + 0.24 * -(-lines // columns)), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     window, bands = _window(study, material), len(study.variants) <= 8
     for axes, key in ((top, "val_accuracy"), (bottom, "val_loss")):
@@ -197,7 +180,7 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
             every = max(1, len(table) // 8)
             looks |= {"marker": looks["marker"] or "o"} if len(table) == 1 else {}  # one epoch makes no line
             axes.plot(epochs, line, label=labels[name], markevery=every, markersize=5, **looks)
-    top.yaxis.set_major_formatter(FuncFormatter(_percent))
+    top.yaxis.set_major_formatter(style.PERCENT)
     top.set_ylabel("validation accuracy")
     bottom.set_ylabel("validation loss")
     bottom.set_xlabel("epoch")
@@ -214,10 +197,10 @@ def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
 
 def train_validation(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Training against validation, a panel a variant for accuracy and one for loss, axes shared by all."""
-    names, which = _telling(study, material, FEW)
+    names, which = telling(study, material, FEW)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 1 + 2 * rows * 1.75), layout="constrained")
     panels = figure.subplots(2 * rows, columns, sharex=True, squeeze=False)
     window = _window(study, material)
     for key, block in (("accuracy", panels[:rows]), ("loss", panels[rows:])):
@@ -227,7 +210,7 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
             if not name:
                 axes.set_axis_off()
                 continue
-            for prefix, color, line, label in SIDES:
+            for prefix, color, line, label in style.SIDES:
                 column = prefix + key
                 mean = np.mean(_table(material, name, column), axis=1)
                 epochs = np.arange(1, len(mean) + 1)
@@ -241,7 +224,7 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
                 axes.set_ylabel(key)
             if key == "loss" and last:
                 axes.set_xlabel("epoch")
-    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(_percent))
+    panels[0, 0].yaxis.set_major_formatter(style.PERCENT)
     panels[0, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     _tame(panels[rows, 0], np.concatenate([material.curves["loss"], material.curves["val_loss"]]))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -253,11 +236,11 @@ def train_validation(study: Params, material: Material) -> tuple[Figure, str, st
 def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Row-normalised confusion matrices, one a variant, in one scale."""
     names = material.card["classes"]
-    variants, which = _telling(study, material, FEW)
-    columns = 1 if 10 < len(names) <= MANY or len(variants) == 1 else 2
+    variants, which = telling(study, material, FEW)
+    columns = 1 if 10 < len(names) <= style.MANY or len(variants) == 1 else 2
     rows = -(-len(variants) // columns)
-    side = WIDTH / columns if columns == 2 else 6.2 if len(names) > 10 else 4.6
-    figure = Figure(figsize=(WIDTH, rows * (side + 0.1) + 0.8), layout="constrained")
+    side = style.WIDTH / columns if columns == 2 else 6.2 if len(names) > 10 else 4.6
+    figure = Figure(figsize=(style.WIDTH, rows * (side + 0.1) + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     image = None
     for index, (name, axes) in enumerate(zip([*variants, *[""] * columns], panels.flat, strict=False)):
@@ -266,8 +249,8 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
             continue
         axes.set_title(_wrap(name, 30), fontweight="bold")
         counts = material.confusion(name)
-        shares = np.full((len(names), len(names)), np.nan) if counts is None else _row_shares(counts)
-        image = _confusion(axes, shares, names)
+        shares = np.full((len(names), len(names)), np.nan) if counts is None else style.row_shares(counts)
+        image = style.confusion(axes, shares, names)
         if counts is None:
             axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
         if index % columns:
@@ -275,67 +258,10 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
         if index < len(variants) - columns:
             axes.set_xlabel("")
     if image is not None:
-        _confusion_scale(figure, image, panels)
+        style.confusion_scale(figure, image, panels)
     caption = "Per cent of each actual class, the test part, all seeds together. Shares below 0.5 % are left blank."
     alt = f"Confusion matrices of {len(variants)} variants; the most confused pairs are in the table above."
     return figure, "Confusion matrices", alt, caption + which
-
-
-def _confusion(axes: Axes, shares: np.ndarray, names: list[str]) -> AxesImage:
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes.grid(False)
-    axes.spines[:].set_visible(True)
-    if len(names) <= MANY:
-        ticks = [drawing.short(one, 12) for one in names]
-        size = 11 if len(names) <= 4 else 8
-        axes.set_xticks(range(len(names)), ticks, rotation=0 if len(names) <= 2 else 90, fontsize=size)
-        axes.set_yticks(range(len(names)), ticks, fontsize=size)
-        axes.tick_params(length=0)
-        for actual, predicted in np.argwhere(np.round(100 * np.nan_to_num(shares)) >= 1):
-            share = shares[actual, predicted]
-            color = "white" if share > 0.55 else "#222222"
-            axes.text(predicted, actual, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=size)
-    axes.set_ylabel("actual class" + (" (number)" if len(names) > MANY else ""))
-    axes.set_xlabel("predicted class" + (" (number)" if len(names) > MANY else ""))
-    return image
-
-
-def _confusion_scale(figure: Figure, image: AxesImage, axes: Any) -> None:
-    percent = FuncFormatter(_percent)
-    bar = figure.colorbar(image, ax=axes, location="bottom", pad=0.02, shrink=0.5, aspect=30, format=percent)
-    bar.set_label("share of the actual class")
-
-
-def draw_cell(
-    name: str, history: list[dict[str, float]], confusion: list[list[int]] | None, classes: list[str], folder: Path
-) -> None:
-    """Draw what MLflow shows of one cell: `curves.png` and, where the test part is scored, `confusion_matrix.png`.
-
-    Args:
-        name: the cell's, for the titles.
-        history: rows of its history.csv.
-        confusion: counts of the test part, actual × predicted.
-    """
-    with matplotlib.rc_context(STYLE), _any_glyphs():
-        figure = Figure(figsize=(WIDTH, 6), layout="constrained")
-        panels = figure.subplots(2, 1, sharex=True)
-        epochs = [row["epoch"] for row in history]
-        for axes, key in zip(panels, ("accuracy", "loss"), strict=True):
-            for prefix, color, line, label in SIDES:
-                axes.plot(epochs, [row[prefix + key] for row in history], line, color=color, label=label, marker=".")
-            axes.set_ylabel(key)
-        panels[0].set_title(name, fontweight="bold")
-        panels[0].yaxis.set_major_formatter(FuncFormatter(_percent))
-        panels[0].legend()
-        panels[1].set_xlabel("epoch")
-        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        figure.savefig(folder / "curves.png")
-        if confusion:
-            figure = Figure(figsize=(WIDTH, WIDTH + 1), layout="constrained")
-            axes = figure.subplots()
-            axes.set_title(f"{name}, test part", fontweight="bold")
-            _confusion_scale(figure, _confusion(axes, _row_shares(np.array(confusion)), classes), axes)
-            figure.savefig(folder / "confusion_matrix.png")
 
 
 def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str]:
@@ -343,9 +269,9 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
     title, names = "ROC curves", material.card["classes"]
     if not material.roc:
         return None, title, "", ""
-    variants, which = _telling(study, material, DISTINCT)
+    variants, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in variants if name in material.roc}
-    figure = Figure(figsize=(WIDTH, 5.2 + 0.24 * -(-len(labels) // 2)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 5.2 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     axes = figure.subplots()
     rates = np.linspace(0, 1, 201)
     for name in labels:
@@ -354,8 +280,8 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
         axes.plot([0, *rates], [0, *mean], label=labels[name], **looks)
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
     axes.set_aspect("equal")
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_formatter(style.PERCENT)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     axes.set_xlabel(f"{drawing.short(names[0], 20)} taken for {drawing.short(names[1], 20)}")
     axes.set_ylabel(f"{drawing.short(names[1], 20)} found")
     figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, fontsize=10)
@@ -367,9 +293,9 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
 def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy against three costs, and the variants that no other one beats in both."""
     part = "test" if material.shown else "validation"
-    names, which = _telling(study, material, DISTINCT)
+    names, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in names}
-    figure = Figure(figsize=(WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     means = {name: mean_of(material.results["variants"][name], f"{part}_accuracy") for name in names}
     told = []
@@ -391,7 +317,7 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.margins(x=0.12, y=0.12)
         told.append(f"{what}: {', '.join(best)}")
-    panels[0].yaxis.set_major_formatter(FuncFormatter(_percent))
+    panels[0].yaxis.set_major_formatter(style.PERCENT)
     panels[0].set_ylabel(f"{part} accuracy")
     if told[0].rpartition(": ")[2]:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
@@ -414,8 +340,8 @@ def _costs(material: Material) -> dict[str, dict[str, float]]:
 
 def calibration(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """Accuracy of the pictures of each range of confidence: a reliability diagram."""
-    shown, which = _telling(study, material, len(COLORS) + 1)
-    figure = Figure(figsize=(WIDTH, 4.6 + 0.24 * -(-len(shown) // 2)), layout="constrained")
+    shown, which = telling(study, material, len(COLORS) + 1)
+    figure = Figure(figsize=(style.WIDTH, 4.6 + 0.24 * -(-len(shown) // 2)), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
     for name in shown:
@@ -428,8 +354,8 @@ def calibration(study: Params, material: Material) -> tuple[Figure, str, str, st
         axes.plot(confidence, right, label=_wrap(name, 26), markersize=5, **looks)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_formatter(style.PERCENT)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     axes.set_xlabel("confidence: the highest probability")
     axes.set_ylabel("accuracy")
     if axes.get_legend_handles_labels()[0]:  # else all diverged
@@ -442,9 +368,10 @@ def calibration(study: Params, material: Material) -> tuple[Figure, str, str, st
 
 def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     """How much better the kept network is on the pictures that it was trained with."""
-    figure, axes = _rows(study.variants)
+    names, which = telling(study, material, ROWS)
+    figure, axes = _rows(names)
     told = []
-    for row, name in enumerate(study.variants):
+    for row, name in enumerate(names):
         color = _looks(study, name)["color"]
         values = material.gaps(name)
         if not values:
@@ -461,7 +388,7 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     caption = "Dots: seeds. Upright bar: their mean. Both accuracies are those of the kept weights, with dropout off. "
     caption += "A large gap can be a sign of overfitting."
     alt = f"Training minus validation accuracy in points, mean over seeds: {'; '.join(told)}."
-    return figure, "Gap between training and validation", alt, caption
+    return figure, "Gap between training and validation", alt, caption + which
 
 
 def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -471,7 +398,7 @@ def probabilities(study: Params, material: Material) -> tuple[Figure, str, str, 
     variant = _best(study, material)
     columns = list(range(len(names))) if len(names) <= 12 else sorted(set(shown.labels.tolist()))
     rows = len(shown.pictures)
-    figure = Figure(figsize=(WIDTH, 0.5 * rows + 1.9), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 0.5 * rows + 1.9), layout="constrained")
     grid = figure.add_gridspec(rows, 3, width_ratios=(1, 5, 5), hspace=0, wspace=0.02)
     panels = [figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])]
     for axes, title, values in zip(panels, ("before training", "after"), (shown.before, shown.after), strict=True):
@@ -504,7 +431,7 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
     if not pairs:
         return None, "", "", ""
     surest = material.surest[name]
-    figure = Figure(figsize=(WIDTH, 1.62 * (1 + len(pairs))), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 1.62 * (1 + len(pairs))), layout="constrained")
     first, *parts = figure.subfigures(1 + len(pairs), 1, squeeze=False).flat
     first.suptitle("The surest mistakes of all", fontsize=10, x=0.01, ha="left")
     for axes in (panels := first.subplots(1, EXAMPLES)):
@@ -539,7 +466,7 @@ def network(
 ) -> tuple[Figure | None, str, str, str]:
     reference = _reference(study, name)
     other = None if reference == name else material.networks[reference]
-    figure = drawing.draw(material.networks[name], other, WIDTH)
+    figure = drawing.draw(material.networks[name], other, style.WIDTH)
     caption = "From top to bottom, with the shape of what comes out and the number of parameters."
     caption += f" Thick frames: not in {reference}, or otherwise there." if other else ""
     caption += f" Also the network of {', '.join(same)}." if same else ""
@@ -551,7 +478,7 @@ def samples(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     names = material.card["classes"]
     columns = 5
     rows = max(1, -(-len(material.pictures) // columns))
-    figure = Figure(figsize=(WIDTH, 1.52 * rows + 0.2), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 1.52 * rows + 0.2), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -569,7 +496,7 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
     names, counts = material.card["classes"], material.card["class_counts"]
     parts = ("train", "validation", "test")
     tall = 0.34 * len(names) if len(names) <= 40 else 4
-    figure = Figure(figsize=(WIDTH, max(2.6, 1.1 + tall)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, max(2.6, 1.1 + tall)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for part, color, axes in zip(parts, COLORS[:3], panels, strict=True):
         values = [counts[part].get(name, 0) for name in names]
@@ -602,28 +529,14 @@ PHOTOGRAPHS = ("samples", "probabilities", "mistakes")
 
 def _save(figure: Figure, file: Path, photographs: bool) -> None:
     """Write a PNG, without photographs in 256 colours, half as large, so that the page stays small; and an SVG."""
-    buffer = BytesIO()
-    figure.savefig(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 0})  # it is read at once
-    with Image.open(buffer) as image:
-        shown = image.convert("RGB")
-        (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
-    _settle(figure)
+    style.settle(figure)
+    shown = style.drawn(figure)
+    (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     # Where the font is not installed, one as wide.
     vector = text.getvalue().replace(": 'DejaVu Sans'", ": 'DejaVu Sans', Verdana, sans-serif")
     file.with_suffix(".svg").write_text(vector, encoding="utf-8", newline="\n")
-
-
-def _settle(figure: Figure) -> None:
-    """Keep a drawn figure's layout, rounded: its solver sums in the order of addresses in memory, and an SVG
-    has ids made of all digits."""
-    figure.set_layout_engine("none")
-    for part in figure.subfigs:
-        part.bbox_relative.p0 = np.round(part.bbox_relative.p0, 9)
-        part.bbox_relative.p1 = np.round(part.bbox_relative.p1, 9)
-    for axes in figure.axes:
-        axes.set_position(np.round(axes.get_position(original=True).bounds, 9).tolist())
 
 
 def _best(study: Params, material: Material) -> str:
@@ -650,7 +563,7 @@ def _ranked(study: Params, material: Material) -> list[str]:
     return list(dict.fromkeys([study.study.baseline, _best(study, material), *far, *study.variants]))
 
 
-def _telling(study: Params, material: Material, most: int) -> tuple[list[str], str]:
+def telling(study: Params, material: Material, most: int) -> tuple[list[str], str]:
     """Variants for a figure with room for so many, in the study's order, and what its caption says of the choice."""
     names = list(study.variants)
     if len(names) <= most:
@@ -692,7 +605,7 @@ def _rows(names: Iterable[str]) -> tuple[Figure, Axes]:
     """Axes with one row a name, the first on top."""
     labels = [_wrap(name, 22) for name in names]
     height = sum(max(0.42, 0.2 * (label.count("\n") + 1) + 0.1) for label in labels)
-    figure = Figure(figsize=(WIDTH, 1.3 + height), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 1.3 + height), layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -746,14 +659,6 @@ def _tame(axes: Axes, losses) -> None:
         axes.set_ylabel(axes.get_ylabel() + " (log scale)")
 
 
-def _row_shares(counts: np.ndarray) -> np.ndarray:
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
-def _percent(value: float, _position: int) -> str:
-    return f"{round(100 * value, 4):g} %"
-
-
 def _wrap(name: str, width: int) -> str:
     """A name in lines of at most `width` characters, broken after - and _ where there are any."""
     lines = [""]
@@ -763,11 +668,3 @@ def _wrap(name: str, width: int) -> str:
         lines[-1] += word
     pieces = [line[i : i + width] for line in lines for i in range(0, max(len(line), 1), width)]
     return "\n".join(pieces)
-
-
-@contextmanager
-def _any_glyphs() -> Iterator[None]:
-    """A class name in a script that the font lacks is drawn as boxes, without a warning for each letter."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield

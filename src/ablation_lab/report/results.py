@@ -1,13 +1,13 @@
 """Gather what the report needs and assemble `results.json` and `timings.json`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from sklearn.metrics import roc_curve
 
 from ablation_lab import cell, evaluation, files, selection, statistics
 from ablation_lab.errors import LabError
@@ -115,7 +115,11 @@ class Material:
 
     def history(self, variant: str, seed: int) -> pd.DataFrame:
         """A cell's rows of `curves`."""
-        return self.curves[(self.curves["variant"] == variant) & (self.curves["seed"] == seed)]
+        return self._histories.get((variant, seed), self.curves[:0])
+
+    @cached_property
+    def _histories(self) -> dict[Any, pd.DataFrame]:
+        return dict(iter(self.curves.groupby(["variant", "seed"], sort=False)))
 
     def _tests(self, variant: str) -> list[dict[str, Any]]:
         return _tests(self.cells, variant)
@@ -301,6 +305,8 @@ def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> S
 
 
 def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
+    from sklearn.metrics import roc_curve  # takes half a second
+
     found: dict[str, list[np.ndarray]] = {}
     for name in study.variants:
         scores = _tests(cells, name)

@@ -7,6 +7,7 @@ import numpy as np
 
 from ablation_lab import params
 from ablation_lab.params import Params
+from ablation_lab.report import figures
 from ablation_lab.report.results import BINARY, PAIRS, Material, Shown
 from ablation_lab.report.wording import (
     NONE,
@@ -336,7 +337,8 @@ def _pairs(study: Params, material: Material) -> Table:
 
 def _class_scores(study: Params, material: Material, text: Format) -> Table:
     names = material.card["classes"]
-    f1 = {variant: material.class_scores(variant, "f1") for variant in study.variants}
+    variants, which = figures.telling(study, material, figures.DISTINCT)
+    f1 = {variant: material.class_scores(variant, "f1") for variant in variants}
     order = range(len(names))
     base = f1[study.study.baseline]
     note = (
@@ -360,7 +362,7 @@ def _class_scores(study: Params, material: Material, text: Format) -> Table:
         return [shown, minus(change) if float(change) else "0.0"]
 
     rows = [[short_name(names[i]), *(told(name, i) for name in f1)] for i in order]
-    return Table("F1 of each class", {"Class": "l"} | dict.fromkeys(study.variants, "r"), rows, note)
+    return Table("F1 of each class", {"Class": "l"} | dict.fromkeys(variants, "r"), rows, note + which)
 
 
 def _classification(name: str, material: Material) -> Table:
@@ -384,10 +386,11 @@ def _classification(name: str, material: Material) -> Table:
 def _probabilities(study: Params, material: Material, shown: Shown) -> Table:
     """What each variant made of the shown test pictures' actual classes."""
     names = material.card["classes"]
+    variants, which = figures.telling(study, material, figures.DISTINCT)
     rows: list[list[str | list[str]]] = []
     for i, label in enumerate(shown.labels.tolist()):
         row: list[str | list[str]] = [short_name(names[label])]
-        for name in study.variants:
+        for name in variants:
             before, after = shown.before[name][i], shown.after[name][i]
             if not np.isfinite(after).all():
                 row.append(NONE)
@@ -400,8 +403,8 @@ def _probabilities(study: Params, material: Material, shown: Shown) -> Table:
         "The probability of the actual class before and after training, first seed; a few fixed test pictures, the "
         "first of each class."
     )
-    columns = {"Picture of": "l"} | dict.fromkeys(study.variants, "r")
-    return Table("Probability of the actual class", columns, rows, note)
+    columns = {"Picture of": "l"} | dict.fromkeys(variants, "r")
+    return Table("Probability of the actual class", columns, rows, note + which)
 
 
 def cells(study: Params, material: Material, text: Format) -> Table:

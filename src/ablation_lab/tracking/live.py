@@ -5,18 +5,21 @@ training that is killed is closed all the same. What the store has missed is add
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import IO, Any
 
+# What logs, and what imports MLflow for it: a process that has them can be forked into a logger.
+LOGGER = ("ablation_lab.tracking.logger", "ablation_lab.tracking.runs")
 PATIENCE = 10  # seconds that the store has after a training for what it has not taken yet
 
 
@@ -87,11 +90,9 @@ class CellRun:
 
     def __init__(self, identity: Identity):
         self.identity = identity
-        command = [sys.executable, "-m", "ablation_lab.tracking.logger"]
-        # A session of its own: Ctrl-C is for the training, which says how it ended.
-        self._logger = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
-        )
+        # Those of `ablab repro` come from one process, which has imported MLflow once for all of them.
+        forkable = multiprocessing.parent_process() is not None and sys.modules.keys() >= set(LOGGER)
+        self._lines, self._ended, self._kill = _forked() if forkable else _started()
         stage = os.environ.get("DVC_STAGE") or f"train@{identity.name}"
         self._send(identity=asdict(identity), stage=stage, time=_now())
 
@@ -106,25 +107,52 @@ class CellRun:
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
         """Close the run as FINISHED, FAILED or KILLED, and wait a little for what the store has still to take."""
         self._send(status=status, reason=reason, time=_now())
-        try:
-            if self._logger.stdin:
-                self._logger.stdin.close()
-            self._logger.wait(PATIENCE)
-        except BrokenPipeError:
-            pass  # the logger has said why it ended
-        except subprocess.TimeoutExpired:
-            self._logger.kill()
-            self._logger.wait()
+        with suppress(BrokenPipeError):  # the logger has said why it ended
+            self._lines.close()
+        if not self._ended(PATIENCE):
+            self._kill()
+            self._ended(PATIENCE)
             lost = f"warning: MLflow has not taken all of {self.identity.name} in {PATIENCE} s"
             print(f"{lost}; the stage `track` and `ablab sync` add the rest", file=sys.stderr)
 
     def _send(self, **message: Any) -> None:
         try:
-            if self._logger.stdin:
-                self._logger.stdin.write(json.dumps(message) + "\n")
-                self._logger.stdin.flush()
+            self._lines.write(json.dumps(message) + "\n")
+            self._lines.flush()
         except (BrokenPipeError, ValueError):
             pass  # the logger has said why it ended; a closed pipe is a ValueError
+
+
+# Where a logger reads its lines; whether it has ended within so many seconds; its violent end.
+Logger = tuple[IO[str], Callable[[float], bool], Callable[[], None]]
+
+
+def _started() -> Logger:
+    # A session of its own: Ctrl-C is for the training, which says how it ended.
+    process = subprocess.Popen(
+        [sys.executable, "-m", LOGGER[0]], stdin=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+    )
+    assert process.stdin is not None
+
+    def ended(seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        return process.poll() is not None
+
+    return process.stdin, ended, process.kill
+
+
+def _forked() -> Logger:
+    lines, pipe = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=sys.modules[LOGGER[0]].forked, args=(lines, pipe))
+    process.start()
+    os.close(lines)
+
+    def ended(seconds: float) -> bool:
+        process.join(seconds)
+        return process.exitcode is not None
+
+    return os.fdopen(pipe, "w", encoding="utf-8"), ended, process.kill
 
 
 @contextmanager

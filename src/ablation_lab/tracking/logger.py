@@ -5,6 +5,7 @@ said how it ended, it was killed, and so is its run.
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -17,11 +18,19 @@ Messages = SimpleQueue[dict[str, Any] | None]
 EVERY = 2  # seconds from one writing to the next: short epochs are written together, in a tenth of the time
 
 
-def main() -> int:
+def forked(lines: int, pipe: int) -> None:
+    """As a process that a training has forked: `lines` is what it reads, `pipe` the training's end of it."""
+    os.close(pipe)  # else the lines would never end
+    os.setsid()  # Ctrl-C is for the training, which says how it ended
+    with os.fdopen(lines, encoding="utf-8") as text:
+        sys.exit(main(text))
+
+
+def main(lines: TextIO) -> int:
     """Log until the training ends; 0 when the store has all of it."""
     messages: Messages = SimpleQueue()
     # Read at once, so that the training never waits for a full pipe.
-    threading.Thread(target=_read, args=(sys.stdin, messages), daemon=True).start()
+    threading.Thread(target=_read, args=(lines, messages), daemon=True).start()
     first = messages.get()
     if first is None:
         return 1
@@ -88,4 +97,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.stdin))

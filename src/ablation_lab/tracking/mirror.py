@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Run
 from tqdm import tqdm
 
 from ablation_lab import cell, evaluation, files, params, selection
 from ablation_lab.params import Params
-from ablation_lab.report import figures
 from ablation_lab.tracking import runs, served, store
 from ablation_lab.tracking.live import Identity
+
+if TYPE_CHECKING:
+    from ablation_lab.report.cell_figures import CellFigures
 
 # A run's final metrics: those that cell.json has, and what evaluation/cells.json calls the others.
 ACCURACY = "validation_accuracy"
@@ -160,6 +162,7 @@ class Mirror:
         self.study, self.root = study, root
         self.client, self.experiment = store.open_store(study.study.name)
         self.known = {run.info.run_id: run for run in runs.search(self.client, self.experiment)}
+        self.figures: CellFigures | None = None
 
     def describe(self) -> None:
         """The study's title and notes as the experiment's description, and a view of its variants."""
@@ -193,8 +196,12 @@ class Mirror:
         runs.log(self.client, run_id, lacking)
         data = {"resize": self.study.data.resize}
         model_id = served.log(self.client, self.experiment, run_id, one, data, self.root)
+        if self.figures is None:
+            from ablation_lab.report.cell_figures import CellFigures  # where there is something to draw
+
+            self.figures = CellFigures(one.card["classes"])
         with tempfile.TemporaryDirectory() as folder:
-            figures.draw_cell(one.name, record.history, record.confusion, one.card["classes"], Path(folder))
+            self.figures.draw(one.name, record.history, record.confusion, Path(folder))
             self.client.log_artifacts(run_id, folder, "figures")
         tags = one.made | {MODEL: model_id, "ablab.device": record.timing["device"], SYNCED: record.digest}
         return self._done(run_id, tags, None if run else record.ended)
