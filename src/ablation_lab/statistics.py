@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 POWER = 0.8  # the chance with which a number of seeds is to tell a difference apart
@@ -209,7 +210,7 @@ def compare(correct: Mapping[str, Correct], references: Mapping[str, str]) -> di
                 found[name]["verdict"] = "indistinguishable"
     if asked:
         raw = [found[names[0]]["p_adjusted"] for names in asked.values()]
-        adjusted = holm(np.array(raw))
+        adjusted = multipletests(raw, alpha=ALPHA, method="holm")[1]
         for names, p in zip(asked.values(), adjusted.tolist(), strict=True):
             for name in names:
                 one = found[name]
@@ -218,14 +219,6 @@ def compare(correct: Mapping[str, Correct], references: Mapping[str, str]) -> di
                 if p >= ALPHA and one["mean"]:
                     one["seeds_needed"] = seeds_needed(analyses[name], len(asked))
     return found
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """p values adjusted for their number."""
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1)
 
 
 def _whole(cells: Correct) -> bool:
