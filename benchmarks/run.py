@@ -31,7 +31,7 @@ from benchmarks.common import ROOT, Figure  # noqa: E402
 # In the order in which they run and stand on the page; transfer, which takes an hour, comes last.
 NAMES = (
     *("quickstart", "cifar", "loop", "xla", "overhead", "memory"),
-    *("tracking", "report", "search", "coverage", "transfer"),
+    *("scale", "tracking", "report", "search", "coverage", "transfer"),
 )
 SCRIPTS, RESULTS, PAGE = ROOT / "benchmarks", ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 PACKAGES = ("tensorflow", "keras", "numpy", "dvc", "mlflow")

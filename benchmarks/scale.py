@@ -7,12 +7,10 @@ fabricated, as the tests do, and kept as `ablab repro` keeps those that it has t
 of its own, the stages that run once (plan, evaluate, report, track, and track again with nothing to do), `ablab plan`
 of the study that is up to date, `dvc status`, and `dvc repro` with nothing to do. The latter also of 15 cells.
 
-Printed are seconds, those that a processor worked, the peak of memory, and the size of the report.
+Told are seconds, those that a processor worked, the peak of memory, and the size of the report.
 """
 
-import argparse
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,16 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import fabricate  # noqa: E402
-from conftest import new_project, write_params  # noqa: E402
-
-from ablation_lab import cell, dvc_command, files, params, runner  # noqa: E402
+import common
+from common import Figure
 
 CLASSES, EPOCHS, EACH = 10, 20, 40  # pictures of a class in each part
 FEW = (5, 3)
+PLAN, NOTHING = 20, 3  # seconds that are promised: of `ablab plan` of 1,000 cells, of `dvc repro` with 15 that are done
 
 
 def study(variants: int, seeds: int) -> dict[str, Any]:
@@ -57,6 +51,10 @@ def study(variants: int, seeds: int) -> dict[str, Any]:
 
 def fabricated(variant: str, seed: int, skill: float) -> bool:
     """What a training would have left of a cell; in the project's folder."""
+    import fabricate
+
+    from ablation_lab import cell, files, runner
+
     pictures = CLASSES * EACH
     fabricate.cell(Path(), variant, seed, CLASSES, pictures, EPOCHS, skill, diverged=False)
     folder = cell.folder(variant, seed)
@@ -72,92 +70,82 @@ def fabricated(variant: str, seed: int, skill: float) -> bool:
     return True
 
 
-def timed(folder: Path, what: str, *command: str) -> dict[str, Any]:
-    """Run a command of the environment: its seconds, those that a processor worked, and its peak of memory."""
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment(folder), check=False, capture_output=True
-    )
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}:\n{done.stdout.decode()}\n{done.stderr.decode()}")
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # The peak is that of the largest process so far: of the first command that needs most.
-    found = {"what": what, "seconds": seconds, "processor": busy, "megabytes": after.ru_maxrss / 2**10}
-    print(f"{what:<34} {seconds:7.1f} s {busy:7.1f} s of a processor {found['megabytes']:7,.0f} MiB", flush=True)
-    return found
+def timed(folder: Path, what: str, *command: str, at_most: float | None = None) -> list[Figure]:
+    """Run a command of the environment: what it costs."""
+    seconds, *others = common.cost(folder, what, sys.executable, "-m", *command)
+    return [seconds._replace(at_most=at_most), *others]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    here = {key: value for key, value in dvc_command.environment().items() if not key.startswith(("MLFLOW_", "ABLAB_"))}
-    return here | {"PYTHONPATH": str(folder / "src")}
-
-
-def made(folder: Path, variants: int, seeds: int) -> list[dict[str, Any]]:
+def made(folder: Path, variants: int, seeds: int) -> list[Figure]:
     """A project with all cells of a study, and what it cost to keep them."""
-    new_project(folder)
+    from ablation_lab import dvc_command, params
+
     raw = study(variants, seeds)
-    write_params(folder, raw)
-    found = [timed(folder, "dvc repro plan, from nothing", "dvc", "repro", "plan")]
+    common.project(folder, raw)
+    found = timed(folder, "dvc repro plan, from nothing", "dvc", "repro", "plan")
     checked = params.validate(raw)
     skill = {name: 3 + 2 * number / variants for number, name in enumerate(checked.variants)}
     makers = {f"train@{name}-{seed}": partial(fabricated, name, seed, skill[name]) for name, seed in checked.cells}
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     due = dvc_command.due(folder, list(makers))
     asked = time.perf_counter()
-    assert due == list(makers)
-    assert dvc_command.keep(folder, makers) == []
+    if due != list(makers) or dvc_command.keep(folder, makers):
+        sys.exit("not all cells are due, or not all could be kept")
     seconds, after = time.perf_counter() - asked, resource.getrusage(resource.RUSAGE_SELF)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    count = f"{len(makers):,} cells"
-    print(f"{count}: {asked - started:.1f} s to ask which are due, {seconds:.1f} s to make and keep them", flush=True)
-    rest = {"processor": busy, "megabytes": after.ru_maxrss / 2**10}
-    kept = {"what": "cells made and kept", "seconds": seconds}
-    return [*found, {"what": "which cells are due", "seconds": asked - started} | rest, kept | rest]
+    return [
+        *found,
+        Figure("which cells are due", asked - started, "s"),
+        Figure("cells made and kept", seconds, "s"),
+        Figure("both, of a processor", busy, "s"),
+    ]
 
 
-def measure(variants: int = 200, seeds: int = 5, place: Path | None = None) -> list[dict[str, Any]]:
-    """All figures, one row a measurement: `what`, `seconds`, `processor` (seconds), `megabytes`; as they are printed.
+def measure(variants: int = 200, seeds: int = 5, place: Path | None = None) -> list[Figure]:
+    """All figures of a study of so many cells.
 
     Args:
         place: a new folder to work in and to leave; a temporary one by default.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = (place or Path(temporary)) / "project"
-        found = made(folder, variants, seeds)
-        found.append(timed(folder, "stage plan", "stages.plan"))
+        found = [Figure("cells", variants * seeds), *made(folder, variants, seeds)]
+        found += timed(folder, "stage plan", "stages.plan")
+        timed(folder, "stage select", "stages.select")
         for name in ("evaluate", "report", "track"):
-            if name == "evaluate":
-                timed(folder, "stage select", "stages.select")
-            found.append(timed(folder, f"stage {name}", f"stages.{name}"))
-        found.append(timed(folder, "stage track, nothing to do", "stages.track"))
-        found.append(timed(folder, "ablab plan, nothing to do", "ablation_lab.cli", "plan"))
-        found.append(timed(folder, "dvc repro of the stages after", "dvc", "repro"))
-        found.append(timed(folder, "dvc repro, nothing to do", "dvc", "repro"))
-        found.append(timed(folder, "dvc status", "dvc", "status"))
-        page = (folder / "reports/report.html").stat().st_size / 1e6
+            found += timed(folder, f"stage {name}", f"stages.{name}")
+        found += timed(folder, "stage track, nothing to do", "stages.track")
+        found += timed(folder, "ablab plan, nothing to do", "ablation_lab.cli", "plan", at_most=PLAN)
+        found += timed(folder, "dvc repro of the stages after", "dvc", "repro")
+        found += timed(folder, "dvc repro, nothing to do", "dvc", "repro")
+        found += timed(folder, "dvc status", "dvc", "status")
         written = [path.stat().st_size for path in (folder / "reports").rglob("*") if path.is_file()]
-        print(f"report.html {page:.1f} MB; reports/ {sum(written) / 1e6:.1f} MB in {len(written):,} files")
-        return found
+        return [
+            *found,
+            Figure("report.html", (folder / "reports/report.html").stat().st_size / 1e6, "MB"),
+            Figure("reports/", sum(written) / 1e6, "MB"),
+            Figure("files in reports/", len(written)),
+        ]
 
 
-def nothing_to_do(variants: int = FEW[0], seeds: int = FEW[1]) -> list[dict[str, Any]]:
+def nothing_to_do(variants: int = FEW[0], seeds: int = FEW[1]) -> list[Figure]:
     """`dvc repro` of a small study that is up to date."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "project"
         made(folder, variants, seeds)
         timed(folder, "dvc repro of the stages after", "dvc", "repro")
-        return [timed(folder, f"dvc repro of {variants * seeds} cells, nothing to do", "dvc", "repro")]
+        what = f"dvc repro of {variants * seeds} cells, nothing to do"
+        return timed(folder, what, "dvc", "repro", at_most=NOTHING)[:1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--variants", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="a new folder to work in and to leave, to look at the report")
     asked = parser.parse_args()
-    nothing_to_do()
-    measure(asked.variants, asked.seeds, asked.keep)
+    size = (6, 2) if asked.small else (asked.variants, asked.seeds)
+    common.finish([*nothing_to_do(), *measure(*size, asked.keep)], asked)
 
 
 if __name__ == "__main__":
