@@ -35,8 +35,8 @@ CODE = (
 
 LONG = (
     *("test_study.py", "test_report.py", "test_mirror.py", "test_two_phases.py", "test_training.py", "test_ui.py"),
-    *("test_resume.py", "test_cli.py", "test_search.py", "test_frozen.py", "test_verify.py", "test_page.py"),
-    *("test_parallel.py", "test_tracking.py", "test_fuzz.py", "test_faults.py"),
+    *("test_resume.py", "test_devices.py", "test_cli.py", "test_search.py", "test_frozen.py", "test_verify.py"),
+    *("test_page.py", "test_parallel.py", "test_tracking.py", "test_fuzz.py", "test_faults.py"),
 )
 
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.

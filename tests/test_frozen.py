@@ -10,7 +10,7 @@ from filelock import FileLock
 from namespaces import full_disk
 
 import one_thread  # noqa: F401  isort: skip
-from ablation_lab import backend, frozen, models, params
+from ablation_lab import frozen, models, params
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
@@ -251,4 +251,3 @@ def test_the_last_pictures_are_computed_like_the_first():
     alone = prefix().predict_on_batch(IMAGES[64:])[0]
     np.testing.assert_allclose(features(prefix())[0][64:], alone, rtol=1e-5)
     assert json.loads(prefix().to_json()) == json.loads(prefix().to_json())
-    assert backend.compile_with_xla() in (False, "auto")
