@@ -142,8 +142,6 @@ def train(
     train_batches = pipeline.ordered_batches(fed, train_part, PREDICTION_BATCH, form)
     scores = trainer.evaluate(train_batches, verbose=0, return_dict=True)
 
-    if trained is network and not plan["input"]["augment"]:
-        network.optimizer = fitted.optimizer  # the file is the same, wherever pictures were and on how many devices
     network.compiled = False  # what is kept is for predicting, without the optimizer and what it remembers
     files.write_json(out / cell.ARCHITECTURE, json.loads(network.to_json()))
     backend.save_weights(network, out / cell.WEIGHTS)
