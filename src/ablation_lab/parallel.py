@@ -1,8 +1,8 @@
 """`dvc repro` with its cells side by side.
 
 DVC says which cells are due. They are trained by processes of their own, each of which leaves its cell in its place
-(`resume.py`); then `dvc repro` takes them from there, as if its stages had trained them. What is kept, locked, cached
-and tracked is what `dvc repro` alone makes.
+(`resume.py`). From there they are taken all at once, through DVC, as if its stages had trained them; `dvc repro` does
+the rest. What is kept, locked, cached and tracked is what `dvc repro` alone makes.
 """
 
 import importlib.util
