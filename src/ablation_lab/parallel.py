@@ -1,7 +1,6 @@
 """Cells side by side on this machine.
 
-They are trained by processes of their own, each of which leaves its cell in its place (`resume.py`), from where DVC's
-stages take it.
+They are trained by processes of their own, each of which leaves its cell in its place (`resume.py`).
 """
 
 import importlib.util

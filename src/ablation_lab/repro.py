@@ -1,8 +1,8 @@
 """`dvc repro` with its cells side by side.
 
-DVC says which cells are due. An engine trains them, on this machine (`parallel.py`) or on a cluster (`cluster.py`);
-then `dvc repro` takes them, as if its stages had trained them. What is kept, locked, cached and tracked is what
-`dvc repro` alone makes.
+DVC says which cells are due. An engine trains them, on this machine (`parallel.py`) or on a cluster (`cluster.py`).
+From there they are taken all at once, through DVC, as if its stages had trained them; `dvc repro` does the rest. What
+is kept, locked, cached and tracked is what `dvc repro` alone makes.
 """
 
 import sys
