@@ -1,6 +1,6 @@
 """What does a study of a thousand cells cost, beside its trainings?
 
-    python benchmarks/scale.py        # ten minutes, little else running; needs no network
+    python benchmarks/scale.py        # twenty minutes, nothing else running; needs no network
 
 Makes a project with a study of 200 variants × 5 seeds on the handwritten digits whose cells are not trained but
 fabricated, as the tests do, and kept as `ablab repro` keeps those that it has trained. Then measures, each in a process
@@ -30,7 +30,7 @@ def study(variants: int, seeds: int) -> dict[str, Any]:
     """Small networks that all differ, half of them in their layers."""
     changes: dict[str, Any] = {"baseline": {}}
     for number in range(1, variants):
-        units, rate = 16 + number // 2, round(0.001 * number, 3)
+        units, rate = 17 + number // 2, round(0.001 * number, 3)
         head = {"head": {"dense1": {"units": units}}} if number % 2 else {"head_dropout": rate}
         changes[f"variant_{number:03}"] = {"model": head}
     return {
@@ -96,7 +96,7 @@ def made(folder: Path, variants: int, seeds: int) -> list[Figure]:
     return [
         *found,
         Figure("which cells are due", asked - started, "s"),
-        Figure("cells made and kept", seconds, "s"),
+        Figure("cells fabricated and kept", seconds, "s"),
         Figure("both, of a processor", busy, "s"),
     ]
 

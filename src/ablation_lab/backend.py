@@ -190,7 +190,7 @@ def save_weights(network: keras.Model, path: Path) -> None:
     segmentation fault."""
     written = io.BytesIO()
     store = saving_lib.H5IOStore(written, mode="w")
-    without = {id(network.optimizer)}  # whose memory is twice as large as the weights
+    without = {id(getattr(network, "optimizer", None))}  # whose memory may be twice as large as the weights
     saving_lib._save_state(network, weights_store=store, assets_store=None, inner_path="", visited_saveables=without)
     store.close()
     path.write_bytes(written.getbuffer())

@@ -59,6 +59,9 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
                 job.failure = once[job.wanted].failure
             failed = [job for job in waiting if job.failure]
             left = keep(root, {job.stage_name: partial(_take, job) for job in waiting if not job.failure})
+            for job in waiting:
+                if job.stage_name not in left and not job.failure:
+                    runner.taken(job.wanted)
             if failed:
                 # What has been trained is kept; DVC alone would try the others once more.
                 if left:
@@ -70,8 +73,7 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
 
 
 def _take(job: jobs.Job) -> bool:
-    """Have a trained cell in its folder; False of one that is equal to another one, whose stage shares its result, or
-    that is in DVC's cache."""
+    """Have a trained cell in its folder; False of one that isn't here but in DVC's cache."""
     result = runner.take(job.variant, job.seed)
     if result and job.stage == "train":
         cell.write_validation(job.variant, job.seed, result)

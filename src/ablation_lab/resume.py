@@ -117,6 +117,20 @@ def take(place: Path, out: Path) -> None:
     drop(place)
 
 
+def copy(place: Path, out: Path) -> None:
+    """Have the finished cell in a folder too, whatever was there; by links, where the disk has them."""
+    shutil.rmtree(out, ignore_errors=True)
+    with files.whole(out) as part:
+        shutil.copytree(place / READY, part, dirs_exist_ok=True, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def drop(place: Path) -> None:
     """Remove a place with all that is in it; what a kill leaves of it is no finished cell."""
     (place / SUMS).unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def prepare(
 
 
 def take(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | None:
-    """Move a prepared cell to its folder.
+    """Have a prepared cell in its folder too; it stays in its place until DVC has locked it (`taken`).
 
     Returns:
         What `cell.json` holds; None where the cell isn't prepared.
@@ -80,8 +80,14 @@ def take(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | None:
             if not resume.is_ready(place, wanted):
                 return None
             result = files.read_json(place / resume.READY / cell.RESULT)
-            resume.take(place, cell.folder(variant, seed, root))
+            resume.copy(place, cell.folder(variant, seed, root))
     return result
+
+
+def taken(cell_hash: str) -> None:
+    """Give a cell's place up."""
+    with resume.place(cell_hash) as place:
+        resume.drop(place)
 
 
 def identify(variant: str, seed: int, root: Path = Path()) -> dict[str, str]:
