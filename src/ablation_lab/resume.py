@@ -132,8 +132,10 @@ def _link(source: str, target: str) -> None:
 
 
 def drop(place: Path) -> None:
-    """Remove a place with all that is in it; what a kill leaves of it is no finished cell."""
+    """Remove a place with all that is in it; what a kill leaves of it is no finished cell, and of states the last."""
     (place / SUMS).unlink(missing_ok=True)
+    for state in sorted(place.glob("state/*.npz")):
+        state.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
 
 
