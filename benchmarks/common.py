@@ -138,33 +138,33 @@ def environment(folder: Path) -> dict[str, str]:
 
 def call(folder: Path, *command: str) -> float:
     """Run a command there, its output in log.txt; the seconds that it took."""
-    log = folder / "log.txt"
-    started = time.perf_counter()
-    with log.open("a") as opened:
-        done = subprocess.run(
-            command, cwd=folder, env=environment(folder), check=False, stdout=opened, stderr=subprocess.STDOUT
-        )
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        told = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{told}")
-    return seconds
+    return _run(folder, *command)[0]
 
 
 def cost(folder: Path, what: str, *command: str) -> list[Figure]:
-    """Run a command there: its seconds, those that a processor worked, and its peak of memory.
-
-    The peak is that of the largest process so far, so what needs most has to come last.
-    """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = call(folder, *command)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    """Run a command there: its seconds, those that a processor worked, and the peak of its largest process' memory."""
+    seconds, used = _run(folder, *command)
     return [
         Figure(what, seconds, "s"),
-        Figure(f"{what}, of a processor", busy, "s"),
-        Figure(f"{what}, memory at most", after.ru_maxrss / 2**10, "MiB"),
+        Figure(f"{what}, of a processor", used.ru_utime + used.ru_stime, "s"),
+        Figure(f"{what}, memory at most", used.ru_maxrss / 2**10, "MiB"),
     ]
+
+
+def _run(folder: Path, *command: str) -> tuple[float, resource.struct_rusage]:
+    log = folder / "log.txt"
+    started = time.perf_counter()
+    with log.open("a") as opened:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(folder), stdout=opened, stderr=subprocess.STDOUT
+        )
+        _, status, used = os.wait4(process.pid, 0)  # of this process and those that it has waited for
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        told = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        sys.exit(f"{' '.join(command)}: exit status {process.returncode}\n{told}")
+    return seconds, used
 
 
 def warm(folder: Path) -> None:

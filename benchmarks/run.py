@@ -59,6 +59,9 @@ def run(name: str) -> bool:
         if not _call(name, "--figures", str(found)):
             return False
         figures = json.loads(found.read_text(encoding="utf-8"))
+    if _commit() != commit:
+        print(f"{name}: not kept, as the code has changed meanwhile", file=sys.stderr)
+        return False
     kept = {
         "date": time.strftime("%Y-%m-%d", time.localtime(started)),
         "minutes": round((time.time() - started) / 60, 1),

@@ -17,6 +17,7 @@ from namespaces import hidden
 from test_killed import content, environment, states
 from test_parallel import phases
 
+from ablation_lab import cluster as cluster_module
 from ablation_lab import node
 
 ray = pytest.importorskip("ray")
@@ -126,16 +127,16 @@ def test_no_cluster_at_an_address_is_told(project: Path):
 
 
 def test_a_node_that_sees_no_cache_and_no_remote_says_so(tmp_path):
-    sent = {"cache": str(tmp_path), "project": "one", "proof": "seen", "config": {"core": {}}}
+    sent = {"cache": str(tmp_path), "project": "one", "proof": "seen-1", "config": {"core": {}}}
     with pytest.raises(node.Refused, match=r"Expected DVC's cache of the head here.+`dvc cache dir --local /shared"):
         node._is_shared(sent)
     assert not node._is_shared(sent | {"config": {"core": {"remote": "origin"}}})
-    proof = tmp_path / node.SHARED / "one" / node.PROOF
+    proof = tmp_path / node.SHARED / "one" / "seen-2"  # another call's
     proof.parent.mkdir(parents=True)
-    proof.write_text("another call's")
+    proof.touch()
     with pytest.raises(node.Refused):
         node._is_shared(sent)
-    proof.write_text("seen")
+    proof.with_name("seen-1").touch()
     assert node._is_shared(sent)
 
 
@@ -153,14 +154,16 @@ def test_a_cluster_of_the_calls_own_makes_what_dvc_makes(project: Path, tmp_path
 def test_two_nodes_make_the_same_bytes_as_one(project: Path, tmp_path: Path, cluster: Cluster):
     share_the_cache(project, tmp_path / "dvc-cache")
     write_params(project, phases())
+    study = phases() | {"seeds": [0, 1]}
+    write_params(project, study)
     cluster.start("one", head=True)
     cluster.start("two")
     command = documented("ablab repro --engine ray --address", **{"10.0.0.1:6379": cluster.address})
     passed(run(project, *command))
     for name in ("one", "two"):  # both have worked
         (folder,) = cluster.work_folders(name)
-        assert list(folder.glob("cells/*/seed-0/cell.json"))
-    same(project, reference(tmp_path, phases()))
+        assert list(folder.glob("cells/*/seed-?/cell.json"))
+    same(project, reference(tmp_path, study))
 
 
 @pytest.mark.slow
@@ -199,9 +202,9 @@ def next_folder(parent: Path) -> Path:
 def test_a_remote_does_where_no_folder_is_shared(project: Path, tmp_path: Path, cluster: Cluster):
     write_params(project, phases())
     passed(run(project, *documented("dvc remote add --default", **{"s3://bucket/dvc": str(tmp_path / "remote")})))
-    (project / ".dvc" / "cache").mkdir()
     cluster.start("one", *hidden(project), head=True, cores=2)
-    passed(call(project, "--address", cluster.address))
+    done = call(project, "--address", cluster.address)
+    assert "baseline" not in str(re.findall(r"Running stage 'train@.+'", passed(done)))  # it came from the remote
     (folder,) = cluster.work_folders("one")
     assert (folder / ".dvc" / "cache" / "files").is_dir()
     same(project, reference(tmp_path, phases()))
@@ -232,3 +235,11 @@ def test_ctrl_c_ends_the_cells_on_all_nodes(project: Path, tmp_path: Path):
     write_params(project, TINY)
     passed(call(project))
     agree(project)
+
+
+def test_what_no_node_has_room_for_is_told(monkeypatch):
+    there = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 16.0, "GPU": 2.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    assert cluster_module._too_large({"CPU": 4}) == ""
+    assert "Expected a node with 8 CPU. Found: at most 4 CPU." in cluster_module._too_large({"CPU": 8})
+    assert "Found: at most 4 CPU, 0 GPU." in cluster_module._too_large({"CPU": 1, "GPU": 1})

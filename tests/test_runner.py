@@ -45,13 +45,18 @@ def test_a_prepared_cell_is_taken_without_large_imports(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "validation/baseline/seed-0.json").read_text())["validation_accuracy"] == 0.5
 
 
-def test_what_is_prepared_is_taken_once_and_nothing_else_is(tmp_path, monkeypatch):
+def test_what_is_prepared_stays_until_dvc_has_it(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     hashes = prepared(tmp_path)
-    assert runner.take("baseline", 0) == RESULT | hashes
-    assert (tmp_path / "cells/baseline/seed-0/cell.json").exists()
-    assert runner.take("baseline", 0) is None
+    for _ in range(2):  # killed in between
+        assert runner.take("train", "baseline", 0)
+        assert cell.is_finished(tmp_path / "cells/baseline/seed-0", hashes["cell_hash"])
+        assert (tmp_path / "validation/baseline/seed-0.json").exists()
+    runner.taken(hashes["cell_hash"])
+    assert not list((tmp_path / resume.FOLDER).glob("*/"))
+    assert not runner.take("train", "baseline", 0)
+    assert cell.is_finished(tmp_path / "cells/baseline/seed-0", hashes["cell_hash"])
 
 
 def test_a_twin_has_the_same_seed(tmp_path):

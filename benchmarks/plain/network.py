@@ -43,10 +43,11 @@ def train(
         batch_size=64,
         epochs=epochs,
         validation_data=parts["validation"],
+        validation_batch_size=256,  # as large as Ablation Lab's
         callbacks=[keras.callbacks.CSVLogger(f"{name}.csv")],
         verbose=0,
     )
     network.save_weights(f"{name}.weights.h5")
-    loss, accuracy = network.evaluate(*parts["test"], verbose=0)
+    loss, accuracy = network.evaluate(*parts["test"], batch_size=256, verbose=0)
     scores = {"parameters": network.count_params(), "test_loss": loss, "test_accuracy": accuracy}
     Path(f"{name}.json").write_text(json.dumps(scores))

@@ -31,12 +31,12 @@ def _quiet_stderr() -> Iterator[None]:
 # What a user's machine sets for Keras and TensorFlow at large would change a cell's result without being part of it.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
-for _name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH"):
+for _name in ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH", "TF_XLA_FLAGS", "NVIDIA_TF32_OVERRIDE"):
     os.environ.pop(_name, None)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Where a training is compiled with XLA on a GPU, each sum in one order. Other flags stay: they tell where CUDA is, say.
-if "--xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+if not os.environ.get("XLA_FLAGS", "").endswith(_STEADY := "--xla_gpu_deterministic_ops=true"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_STEADY}".strip()  # the last one holds
 # What is imported stays: Python needn't look for garbage among it while it is made, nor when the process ends. That
 # takes two seconds of each cell.
 gc.disable()
@@ -82,6 +82,8 @@ def set_up(threads: int, replicas: int | None = None) -> str:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.experimental.enable_op_determinism()
+    # Else GPUs of the last years round what they multiply to ten bits: that would be no float32.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     gpus = tf.config.list_physical_devices("GPU")
     if gpus and replicas and len(gpus) < replicas:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -127,9 +129,10 @@ def free_gpu_memory() -> int:
         return 0
 
 
-def surroundings() -> list[str]:
-    """What results depend on beside settings, data and code: versions, and GPUs."""
-    gpus = [str(tf.config.experimental.get_device_details(one)) for one in tf.config.list_physical_devices("GPU")]
+def surroundings(devices: int = 1) -> list[str]:
+    """What results depend on beside settings, data and code: versions, and the GPUs that compute, so many of them."""
+    used = tf.config.list_physical_devices("GPU")[:devices]
+    gpus = [str(tf.config.experimental.get_device_details(one)) for one in used]
     return [tf.__version__, keras.__version__, np.__version__, *gpus]
 
 

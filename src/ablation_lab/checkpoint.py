@@ -102,7 +102,7 @@ class Keeper(keras.callbacks.Callback):
             "epochs": epochs,
             "started": self.started,
             "seconds": self.before + time.perf_counter() - self._clock,
-            "surroundings": surroundings(),
+            "surroundings": _surroundings(self.model),
             "stopped": self.model.stop_training,
             "best_is_last": recorder.kept_weights is not None and recorder.best_epoch == epochs,
             "callbacks": [{key: getattr(one, key) for key in MEMORY[type(one).__name__]} for one in self.callbacks],
@@ -145,8 +145,12 @@ class Keeper(keras.callbacks.Callback):
                     [content[f"{kind}{number}"] for number in range(sum(name.startswith(kind) for name in content))]
                     for kind in ("weight", "optimizer", "best")
                 ]
-            if state["surroundings"] != surroundings():
+            if state["surroundings"] != _surroundings(network):
                 print(f"warning: {path}: of other versions or another device, and not used", file=sys.stderr)
             elif [[one.shape for one in kind] for kind in kinds[:2]] == shapes:
                 return state, *kinds
         return None
+
+
+def _surroundings(network: keras.Model) -> list[str]:
+    return surroundings(network.distribute_strategy.num_replicas_in_sync)

@@ -8,16 +8,19 @@ a node that is lost is given to another one, and goes on from its last state.
 import hashlib
 import io
 import os
+import shutil
 import socket
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ablation_lab import cell, files, node
-from ablation_lab.dvc_command import call
+from filelock import FileLock, Timeout
+
+from ablation_lab import cell, files, node, resume
+from ablation_lab.dvc_command import call, due
 from ablation_lab.errors import LabError
 from ablation_lab.jobs import Engine, Job, View
 from ablation_lab.tracking import live
@@ -44,12 +47,17 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # nobody else on this machine may use a cluster of ours
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
-    here = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    here = {} if address else {"include_dashboard": False}
     try:
         if address:
             _knock(address)
         ray.init(address=address or "local", **quiet, **here)
-    except (OSError, RuntimeError, ValueError) as error:
+    except ray.exceptions.AuthenticationError:
+        raise LabError(
+            "--address: Expected the cluster's token in ~/.ray/auth_token (`ray get-auth-token --generate` makes it on "
+            f"the machine that starts the cluster). Found: none, or another one than that of {address}."
+        ) from None
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         found = str(error).strip().partition("\n")[0]
         raise LabError(
             f"--address: Expected the address of a running Ray cluster with this Python and Ray {ray.__version__}, "
@@ -61,11 +69,19 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
             raise LabError(
                 "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
             )
-        _side_by_side(waiting, at_a_time, root)
+        _side_by_side(waiting, at_a_time, root, address)
 
+    folder = root / resume.FOLDER
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "ray.lock")
     try:
-        yield train
+        with lock.acquire(timeout=0):
+            yield train
+    except Timeout:
+        raise LabError(f"{root}: Expected no other `ablab repro --engine ray` at work. Found: one.") from None
     finally:
+        if not address:
+            shutil.rmtree(node.nodes() / ray.get_runtime_context().get_node_id(), ignore_errors=True)
         ray.shutdown()
 
 
@@ -87,7 +103,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACHED).close()
 
 
-def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None:
+def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path, address: str | None) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -99,6 +115,9 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None
     board = kept.options(scheduling_strategy=here).remote()
     task = ray.remote(max_calls=1, max_retries=TRIES)(node.work)  # a process each: its threads are fixed at its start
     sent = _sent(root, waiting)
+    shared = not address or _all_see(sent)
+    if not shared and sent["config"]["core"].get("remote"):
+        _call(root, "push", *sent["needs"])
     queue = list(waiting)
     running: dict[Any, Job] = {}
     project = ray.put(sent)
@@ -107,11 +126,16 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None
             while queue or running:
                 while queue and len(running) < (at_a_time or len(waiting)):
                     job = queue.pop(0)
+                    needs = {"CPU": job.threads} | ({"GPU": job.devices} if gpus else {})
                     job.started = time.monotonic()
-                    asked = task.options(num_cpus=job.threads, num_gpus=job.devices if gpus else 0, name=job.name)
-                    running[asked.remote(project, _told(job, root), board)] = job
-                done, _ = ray.wait(list(running), timeout=1)
-                for name, row in ray.get(board.read.remote()).items():
+                    job.failure = _too_large(needs)
+                    if job.failure:
+                        show.ended(job)
+                        continue
+                    asked = task.options(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), name=job.name)
+                    running[asked.remote(project, _told(job), board)] = job
+                done, _ = ray.wait(list(running), timeout=1) if running else ([], [])
+                for name, row in _news(board).items():
                     next(job for job in waiting if job.name == name).row = row
                 for one in done:
                     job = running.pop(one)
@@ -122,10 +146,55 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path) -> None
         finally:
             for one in running:
                 ray.cancel(one, force=True)
-    if sent["config"]["core"].get("remote"):
-        call(
-            root, "fetch", "--run-cache", "--quiet", *(name for job in waiting for name in job.equal if not job.failure)
+            (Path(sent["cache"]) / node.SHARED / sent["project"] / sent["proof"]).unlink(missing_ok=True)
+    good = [job.stage_name for job in waiting if not job.failure]
+    if not good:
+        return
+    if not shared:
+        _call(root, "fetch", "--run-cache", *sent["needs"])
+    elif missing := due(root, good):
+        raise LabError(
+            f"{sent['cache']}: Expected what nodes have trained. Found: nothing of {', '.join(missing)}. "
+            "See that all nodes use this cache."
         )
+    _call(root, "repro", "--single-item", *([] if shared else ["--pull"]), *good)
+
+
+def _call(root: Path, *command: str) -> None:
+    if call(root, *command):
+        raise LabError(f"`dvc {' '.join(command)}`: Expected it to end well. Found: the messages above.")
+
+
+def _all_see(sent: dict[str, Any]) -> bool:
+    """Whether each node has the head's cache."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0)(node.sees)
+    places = [one["NodeID"] for one in ray.nodes() if one["Alive"]]
+    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one, soft=True)) for one in places]
+    return all(ray.get([one.remote(sent["cache"], sent["project"], sent["proof"]) for one in asked]))
+
+
+def _too_large(needs: Mapping[str, float]) -> str:
+    """What a cell lacks that no node has room for: Ray would wait for such a node for ever."""
+    import ray
+
+    there = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    if any(all(one.get(kind, 0) >= number for kind, number in needs.items()) for one in there):
+        return ""
+    most = {kind: max((one.get(kind, 0) for one in there), default=0) for kind in needs}
+    wanted, found = (", ".join(f"{number:g} {kind}" for kind, number in one.items()) for one in (needs, most))
+    return f"train.threads, train.replicas: Expected a node with {wanted}. Found: at most {found}."
+
+
+def _news(board: Any) -> dict[str, dict[str, float]]:
+    import ray
+
+    try:
+        return ray.get(board.read.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        return {}  # how far cells are is not worth their end
 
 
 def _take(job: Job, done: Any) -> None:
@@ -146,12 +215,9 @@ def _room(waiting: list[Job], gpus: float) -> int:
     return int(gpus or max(1, ray.cluster_resources().get("CPU", 1) // max(job.threads for job in waiting)))
 
 
-def _told(job: Job, root: Path) -> dict[str, Any]:
-    needs = list(NEEDED)
-    if job.stage == "finetune":
-        start = cell.folder(files.read_json(cell.start_file(job.seed, root))["variant"], job.seed)
-        needs += [cell.SELECTION, start.as_posix()]
-    return {"name": job.name, "variant": job.variant, "seed": job.seed, "stages": job.equal, "needs": needs}
+def _told(job: Job) -> dict[str, Any]:
+    stated = {"stage": job.stage, "name": job.name, "variant": job.variant, "seed": job.seed}
+    return stated | {"wanted": job.wanted, "stage_name": job.stage_name}
 
 
 def _sent(root: Path, waiting: list[Job]) -> dict[str, Any]:
@@ -159,21 +225,25 @@ def _sent(root: Path, waiting: list[Job]) -> dict[str, Any]:
     from dvc.repo import Repo
 
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
+    with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
         for name in SENT:
             if (root / name).exists():
                 tar.add(root / name, name, filter=_wanted)
-    with Repo(root) as repo:
+    with Repo(str(root)) as repo:
         cache = Path(repo.cache.local_cache_dir)
         config = {section: dict(repo.config[section]) for section in ("core", "cache")}
-        config |= {f'remote "{name}"': dict(one) for name, one in repo.config["remote"].items()}
+        if remote := config["core"].get("remote"):
+            config[f'remote "{remote}"'] = dict(repo.config["remote"][remote])
+    needs = set(NEEDED)
+    for job in waiting:
+        if job.stage == "finetune":
+            start = files.read_json(cell.start_file(job.seed, root))["variant"]
+            needs |= {cell.SELECTION, cell.folder(start, job.seed).as_posix()}
     project = hashlib.sha256(f"{socket.gethostname()}:{root.resolve()}".encode()).hexdigest()[:16]
-    proof = os.urandom(16).hex()
+    proof = f"seen-{os.urandom(16).hex()}"
     shared = cache / node.SHARED / project
     shared.mkdir(parents=True, exist_ok=True)
-    (shared / node.PROOF).write_text(proof)
-    if config["core"].get("remote"):
-        call(root, "push", "--quiet", *sorted({need for job in waiting for need in _told(job, root)["needs"]}))
+    (shared / proof).touch()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     tracked = "://" in uri and not uri.startswith(("sqlite:", "file:"))  # a server, that nodes reach too
     passed_on = ("ABLAB_DATA_MIRROR", *(("MLFLOW_",) if tracked else ()))
@@ -181,6 +251,7 @@ def _sent(root: Path, waiting: list[Job]) -> dict[str, Any]:
         "tar": packed.getvalue(),
         "digest": hashlib.sha256(packed.getvalue()).hexdigest(),
         "project": project,
+        "needs": sorted(needs),
         "cache": str(cache),
         "proof": proof,
         "config": config,

@@ -65,13 +65,16 @@ def due(root: Path, names: list[str]) -> list[str]:
     return found
 
 
-def keep(root: Path, makers: Mapping[str, Callable[[], bool]]) -> list[str]:
+def keep(
+    root: Path, makers: Mapping[str, Callable[[], bool]], kept_one: Callable[[str], None] = lambda name: None
+) -> list[str]:
     """Make the outputs of stages in this process, and keep, cache and lock them as `dvc repro` does.
 
     DVC alone writes the whole of dvc.lock once for each stage: seconds a cell in a study of hundreds.
 
     Args:
         makers: what makes a stage's outputs, by its name; False where it can't.
+        kept_one: called with the name of each stage whose outputs are in DVC's cache.
 
     Returns:
         The stages that are left to `dvc repro`.
@@ -89,6 +92,7 @@ def keep(root: Path, makers: Mapping[str, Callable[[], bool]]) -> list[str]:
                     stage.save()
                     stage.commit()
                     kept.append(stage)
+                    kept_one(name)
         finally:
             if kept:
                 kept[0].dvcfile.dump_stages(kept, update_pipeline=False)

@@ -32,7 +32,6 @@ class Job:
     threads: int
     devices: int  # GPUs, where there are some
     memory: int  # bytes that it may need on each, a guess
-    equal: list[str] = field(default_factory=list)  # the stages that share its result, its own among them
     row: dict[str, float] = field(default_factory=dict)
     started: float = 0
     seconds: float = 0
@@ -74,7 +73,11 @@ def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str], c
         * settings["batch_size"]
     )
     devices = settings["replicas"] or 1
-    memory = GPU_CONTEXT + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
+    # Pictures may lie there, each number a byte; features, which are fewer, are not known yet.
+    pictures_there = (
+        math.prod(card["image_shape"]) * sum(card["counts"].values()) if settings["data_on"] != "host" else 0
+    )
+    memory = GPU_CONTEXT + pictures_there + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
     return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"], devices, memory)
 
 

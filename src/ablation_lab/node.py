@@ -4,6 +4,7 @@ Ray sends this module by value, so that it is the head's whatever a node has ins
 comes with each cell, is imported once it is there.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -13,12 +14,20 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 SHARED = "ablation-lab"  # the folder in a shared cache where nodes keep the states of trainings, a project each
 VERSIONS = ("ablab.tensorflow", "ablab.keras", "ablab.numpy")
-PROOF = "shared"  # a file there that the head writes: a node that reads it sees the same cache
+TRIES = 3  # of sending a cell to a remote
+FORGOTTEN = 30 * 24 * 3600  # seconds after which a work folder that nobody has used goes
 
 
 class Board:
@@ -35,29 +44,47 @@ class Board:
         return told
 
 
+def sees(cache: str, project: str, proof: str) -> bool:
+    """Whether the head's cache is this node's too: the head has written a file there."""
+    return (Path(cache) / SHARED / project / proof).exists()
+
+
 def work(sent: dict[str, Any], job: dict[str, Any], board: Any) -> dict[str, Any]:
-    """Train a cell, unless its state says that it is done, and put it into DVC's cache.
+    """Train a cell, unless it is done, and put it into DVC's cache.
 
     Args:
         sent: the head's project: its files as a tar, DVC's settings and where its cache is.
-        job: the cell: its stage, variant and seed, what it needs of the data, the stages whose result it is.
-        board: whom to tell of each epoch; None for nobody.
+        job: the cell: its stage, variant, seed and hash.
+        board: whom to tell of each epoch.
 
     Returns:
         `seconds`, and what has failed as `failure`, empty when nothing has.
     """
-    started = time.monotonic()
+    started, failure = time.monotonic(), ""
     try:
         folder = _folder(sent)
         shared = _is_shared(sent)
-        _set_up(folder, sent, job["needs"], shared)
-        _train(folder, sent, job, board)
-        _dvc(folder, "repro", "--single-item", *job["stages"])
+        _set_up(folder, sent, shared)
+        with _logged(folder / "resume" / f"{job['name']}.log"):
+            _train(folder, sent, job, board)
         if not shared:
-            _dvc(folder, "push", "--run-cache", *job["stages"])
+            _send(folder, job["stage_name"])
     except Exception as error:
-        return {"seconds": time.monotonic() - started, "failure": _told(error)}
-    return {"seconds": time.monotonic() - started, "failure": ""}
+        failure = _told(error)
+    return {"seconds": time.monotonic() - started, "failure": failure}
+
+
+@contextmanager
+def _logged(log: Path) -> Iterator[None]:
+    """What the process prints goes to a file, after what others have printed of the same cell."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
 class Refused(Exception):
@@ -73,12 +100,17 @@ def _told(error: Exception) -> str:
     return f"{text} (on {socket.gethostname()})"
 
 
-def _folder(sent: dict[str, Any]) -> Path:
+def nodes() -> Path:
+    """Where a machine's nodes have their work folders, each in one that is called by its id."""
     import platformdirs
+
+    return Path(os.environ.get("ABLAB_CACHE") or platformdirs.user_cache_path("ablation-lab")) / "nodes"
+
+
+def _folder(sent: dict[str, Any]) -> Path:
     import ray
 
-    home = Path(os.environ.get("ABLAB_CACHE") or platformdirs.user_cache_path("ablation-lab"))
-    return home / "nodes" / ray.get_runtime_context().get_node_id()[:16] / sent["project"]
+    return nodes() / ray.get_runtime_context().get_node_id() / sent["project"]
 
 
 def _is_shared(sent: dict[str, Any]) -> bool:
@@ -87,8 +119,7 @@ def _is_shared(sent: dict[str, Any]) -> bool:
     Raises:
         Refused: when it isn't, and there is no remote to get data from.
     """
-    proof = Path(sent["cache"]) / SHARED / sent["project"] / PROOF
-    shared = proof.exists() and proof.read_text() == sent["proof"]
+    shared = sees(sent["cache"], sent["project"], sent["proof"])
     if not shared and not sent["config"]["core"].get("remote"):
         raise Refused(
             f"{sent['cache']}: Expected DVC's cache of the head here, in a folder that all nodes share "
@@ -97,15 +128,27 @@ def _is_shared(sent: dict[str, Any]) -> bool:
     return shared
 
 
-def _set_up(folder: Path, sent: dict[str, Any], needs: list[str], shared: bool) -> None:
-    """Make the work folder the head's project, with the data that a cell needs."""
+def _set_up(folder: Path, sent: dict[str, Any], shared: bool) -> None:
+    """Make the work folder the head's project, with the data that cells need."""
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    there = folder / ".dvc" / "there.json"
-    wanted = {"files": sent["digest"], "needs": needs}
+    for old in folder.parent.parent.glob("*/"):
+        if time.time() - old.stat().st_mtime > FORGOTTEN:
+            shutil.rmtree(old, ignore_errors=True)
+    os.utime(folder.parent)
+    there = folder / ".dvc" / "there"
+    stated = [sent["digest"], sent["needs"], sent["config"], sent["cache"], shared]
+    wanted = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
     with FileLock(f"{folder}.lock"):
-        if there.exists() and json.loads(there.read_text()) == wanted:
+        if shared:
+            # States of trainings lie in the cache's folder: when a node is lost, another one goes on.
+            _link(folder / "resume", Path(sent["cache"]) / SHARED / sent["project"] / "resume")
+        else:
+            if (folder / "resume").is_symlink():
+                (folder / "resume").unlink()
+            (folder / "resume").mkdir(parents=True, exist_ok=True)
+        if there.exists() and there.read_text() == wanted:
             return
         there.unlink(missing_ok=True)
         for name in ("src", "stages", "networks"):
@@ -114,10 +157,21 @@ def _set_up(folder: Path, sent: dict[str, Any], needs: list[str], shared: bool) 
             tar.extractall(folder, filter="data")
         _configure(folder, sent, shared)
         if shared:
-            _dvc(folder, "checkout", "--force", *needs)
+            _dvc(folder, "checkout", "--force", *sent["needs"])
         else:
-            _dvc(folder, "pull", "--force", "--run-cache", *needs)
-        there.write_text(json.dumps(wanted))
+            _dvc(folder, "pull", "--force", "--run-cache", *sent["needs"])
+        there.write_text(wanted)
+
+
+def _link(link: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink() and link.readlink() == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(target)
 
 
 def _configure(folder: Path, sent: dict[str, Any], shared: bool) -> None:
@@ -125,30 +179,25 @@ def _configure(folder: Path, sent: dict[str, Any], shared: bool) -> None:
 
     settings = ConfigObj(sent["config"])
     settings["core"]["no_scm"] = True
+    settings["cache"].pop("dir", None)
     if shared:
         settings["cache"]["dir"] = sent["cache"]
-    else:
-        settings["cache"].pop("dir", None)
-    settings.filename = str(folder / ".dvc" / "config")
     (folder / ".dvc" / "tmp").mkdir(parents=True, exist_ok=True)
-    settings.write()
-    resume = folder / "resume"
-    if shared and not resume.exists():
-        # States of trainings lie in the cache's folder: when a node is lost, another one goes on.
-        states = Path(sent["cache"]) / SHARED / sent["project"] / "resume"
-        states.mkdir(parents=True, exist_ok=True)
-        resume.symlink_to(states)
+    written = folder / ".dvc" / "config"
+    written.touch(mode=0o600)
+    with written.open("wb") as file:  # with a remote's credentials, perhaps
+        settings.write(file)
 
 
 def _train(folder: Path, sent: dict[str, Any], job: dict[str, Any], board: Any) -> None:
     os.chdir(folder)
     os.environ.pop("DVC_ROOT", None)
     os.environ.update(sent["environment"])
-    os.environ |= {"PYTHONPATH": str(folder / "src"), "DVC_STAGE": job["stages"][0]}
+    os.environ |= {"PYTHONPATH": str(folder / "src"), "DVC_STAGE": job["stage_name"]}
     sys.path[:0] = [str(folder / "src"), str(folder)]
     for name in [one for one in sys.modules if one.partition(".")[0] == "ablation_lab"]:
         del sys.modules[name]  # what the node has installed
-    from ablation_lab import runner
+    from ablation_lab import dvc_command, runner
     from ablation_lab.tracking import live
 
     here = live.provenance()
@@ -164,7 +213,33 @@ def _train(folder: Path, sent: dict[str, Any], job: dict[str, Any], board: Any) 
         board.tell.remote(job["name"], row)
 
     made = {name: value for name, value in sent["made"].items() if name.startswith(("git.", "dvc.exp"))}
+    with _alone(folder):
+        waiting = dvc_command.due(folder, [job["stage_name"]])
+    if not waiting:
+        return  # the same cell's process was lost after it had been done
     runner.prepare(job["variant"], job["seed"], told=told, tracked=sent["tracked"], made=made)
+    with _alone(folder):
+        makers = {job["stage_name"]: partial(runner.take, job["stage"], job["variant"], job["seed"])}
+        if dvc_command.keep(folder, makers):
+            raise Refused(f"{job['stage_name']}: Expected the cell that was trained. Found: none.")
+    runner.taken(job["wanted"])
+
+
+def _alone(folder: Path) -> "BaseFileLock":
+    """DVC lets one process at a time work in a folder."""
+    from filelock import FileLock
+
+    return FileLock(f"{folder}.dvc.lock")
+
+
+def _send(folder: Path, stage: str) -> None:
+    for left in reversed(range(TRIES)):
+        try:
+            return _dvc(folder, "push", "--run-cache", stage)
+        except Refused:
+            if not left:
+                raise
+            time.sleep(10)
 
 
 def _dvc(folder: Path, *command: str) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def _free_memory() -> int | None:
 def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code: dict[str, str]) -> None:
     queue = list(waiting)
     cores, gpus = _cores(), _gpus()
-    share = max(1, len(cores) // jobs)
+    share, several = max(1, len(cores) // jobs), max(job.devices for job in waiting)
     free = list(range(jobs))
     running: dict[int, tuple[Any, Job, int, Connection]] = {}
     logs = root / resume.FOLDER
@@ -127,7 +127,7 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     chosen = [cores[(slot * share + one) % len(cores)] for one in range(share)]
                     chosen = chosen if job.threads <= share else cores
                     # One that more cells than one have is shared by its memory.
-                    gpu = [gpus[(slot * job.devices + one) % len(gpus)] for one in range(job.devices)] if gpus else []
+                    gpu = [gpus[(slot * several + one) % len(gpus)] for one in range(job.devices)] if gpus else []
                     log = logs / f"{job.name}.log"
                     arguments = (root, job, code, chosen, gpu, log, theirs)
                     process = context.Process(target=_cell, args=arguments, name=job.name)
@@ -173,12 +173,17 @@ def _cell(
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(gpus))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+    def tell(row: dict[str, float]) -> None:
+        with suppress(OSError):  # nobody listens any more: whoever asks next takes the cell
+            told.send(row)
+
     with errors.explained():
         if cell.training_code(root) != code:  # what is imported is not what the cell's hash would say
             raise LabError(
                 "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
             )
-        runner.prepare(job.variant, job.seed, told=told.send)
+        runner.prepare(job.variant, job.seed, told=tell)
 
 
 def _reason(status: int, log: Path) -> str:

@@ -725,6 +725,10 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
 
 def _check_devices(train: Train, place, problems: "_Problems") -> None:
     # What means nothing for the strategy is a mistake: somebody would think that it had been done.
+    settings = train.optimizer.model_dump()
+    if train.precision == "mixed_float16" and settings.get("loss_scale_factor"):
+        expected = "none, as mixed_float16 finds the loss's scale itself"
+        problems.add(place(("train", "optimizer", "loss_scale_factor")), expected, settings["loss_scale_factor"])
     if train.strategy == "single":
         if train.replicas is not None:
             expected = "none, as train.strategy is single (a variant drops an inherited one with null)"
@@ -734,6 +738,10 @@ def _check_devices(train: Train, place, problems: "_Problems") -> None:
     if train.batch_size % replicas:
         expected = f"a multiple of {replicas}, the number of train.replicas, as they share each batch"
         problems.add(place(("train", "batch_size")), expected, train.batch_size)
+    for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+        if settings.get(name):
+            expected = "none, as train.strategy is mirrored, for which TensorFlow has no such steps"
+            problems.add(place(("train", "optimizer", name)), expected, settings[name])
     if train.xla is True:
         problems.add(place(("train", "xla")), "auto or false, as train.strategy is mirrored", train.xla)
     if train.data_on == "device":

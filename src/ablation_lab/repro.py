@@ -52,32 +52,28 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
             if not waiting:
                 continue
             once = {job.wanted: job for job in reversed(waiting)}
-            for job in waiting:
-                once[job.wanted].equal.append(job.stage_name)
             train(sorted(once.values(), key=lambda job: -job.cost), at_a_time)
             for job in waiting:
                 job.failure = once[job.wanted].failure
             failed = [job for job in waiting if job.failure]
-            left = keep(root, {job.stage_name: partial(_take, job) for job in waiting if not job.failure})
-            for job in waiting:
-                if job.stage_name not in left and not job.failure:
-                    runner.taken(job.wanted)
+            if engine == "local":
+                _keep([job for job in waiting if not job.failure], root)
             if failed:
                 # What has been trained is kept; DVC alone would try the others once more.
-                if left:
-                    call(root, "repro", "--keep-going", "--single-item", *left)
+                good = [job.stage_name for job in waiting if not job.failure]
+                if good:
+                    call(root, "repro", "--keep-going", "--single-item", *good)
                 for job in failed:
                     print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
                 return 1
     return call(root, "repro")
 
 
-def _take(job: jobs.Job) -> bool:
-    """Have a trained cell in its folder; False of one that isn't here but in DVC's cache."""
-    result = runner.take(job.variant, job.seed)
-    if result and job.stage == "train":
-        cell.write_validation(job.variant, job.seed, result)
-    return result is not None
+def _keep(trained: list[jobs.Job], root: Path) -> None:
+    """Have DVC keep what was trained. Of equal cells the first: the others' stages share its result."""
+    wanted = {job.stage_name: job.wanted for job in trained}
+    makers = {job.stage_name: partial(runner.take, job.stage, job.variant, job.seed) for job in trained}
+    keep(root, makers, lambda name: runner.taken(wanted[name]))
 
 
 def _engine(name: str, address: str | None, root: Path, code: dict[str, str]) -> AbstractContextManager[jobs.Engine]:

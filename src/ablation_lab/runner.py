@@ -68,20 +68,19 @@ def prepare(
         resume.leave(place)
 
 
-def take(variant: str, seed: int, root: Path = Path()) -> dict[str, Any] | None:
-    """Have a prepared cell in its folder too; it stays in its place until DVC has locked it (`taken`).
-
-    Returns:
-        What `cell.json` holds; None where the cell isn't prepared.
-    """
+def take(stage: str, variant: str, seed: int, root: Path = Path()) -> bool:
+    """Have what a stage, `train` or `finetune`, makes of a prepared cell; it stays in its place until DVC has it
+    (`taken`). False where the cell isn't prepared: one that equals it has taken it, say."""
     with resume.alone(variant, seed, root):
         wanted = identify(variant, seed, root)["cell_hash"]
         with resume.place(wanted) as place:
             if not resume.is_ready(place, wanted):
-                return None
+                return False
             result = files.read_json(place / resume.READY / cell.RESULT)
             resume.copy(place, cell.folder(variant, seed, root))
-    return result
+    if stage == "train":
+        cell.write_validation(variant, seed, result, root)
+    return True
 
 
 def taken(cell_hash: str) -> None:
