@@ -248,7 +248,7 @@ def test_a_finished_cell_that_is_damaged_is_not_taken(tmp_path):
 
 def test_a_state_of_other_versions_is_not_used(data, tmp_path, monkeypatch, capsys):
     train({}, data, tmp_path / "out", tmp_path / "state", end_after=2)
-    monkeypatch.setattr(checkpoint, "surroundings", lambda: ["2.0.0", "3.0.0", "2.0.0"])
+    monkeypatch.setattr(checkpoint, "surroundings", lambda devices: ["2.0.0", "3.0.0", "2.0.0"])
     assert train({}, data, tmp_path / "out", tmp_path / "state", end_after=1) == [1]
     assert "of other versions or another device, and not used" in capsys.readouterr().err
 
