@@ -122,6 +122,8 @@ def main() -> None:
     if asked.cell:
         return train()
     sizes = small_sizes() if asked.small else SIZES
+    if unknown := set(asked.sizes) - set(sizes):
+        parser.error(f"Expected some of {', '.join(sizes)}. Found: {', '.join(sorted(unknown))}.")
     chosen = {name: sizes[name] for name in asked.sizes or sizes}
     common.finish(measure(chosen, asked.times or (1 if asked.small else 5)), asked)
 
