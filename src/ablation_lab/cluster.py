@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from ablation_lab import cell, files, node, resume
 from ablation_lab.dvc_command import call, due
 from ablation_lab.errors import LabError
-from ablation_lab.jobs import Engine, Job, View
+from ablation_lab.jobs import Engine, Job, View, check_code
 from ablation_lab.tracking import live
 
 # What a node needs of the project beside data and plans, which are in DVC's cache.
@@ -41,9 +41,25 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
         address: as `ray start` tells it; None starts a cluster of this machine's cores and GPUs.
 
     Raises:
-        LabError: without Ray, or when the cluster can't be reached.
+        LabError: without Ray, when another call is at work, or when the cluster can't be reached.
     """
     ray = _ray()
+    (root / resume.FOLDER).mkdir(exist_ok=True)
+    try:
+        lock = FileLock(root / resume.FOLDER / "ray.lock").acquire(timeout=0)
+    except Timeout:
+        raise LabError(f"{root}: Expected no other `ablab repro --engine ray` at work. Found: one.") from None
+    with lock, _connected(ray, address):
+
+        def train(waiting: list[Job], at_a_time: int | None) -> None:
+            check_code(root, code)
+            _side_by_side(waiting, at_a_time, root, address)
+
+        yield train
+
+
+@contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # nobody else on this machine may use a cluster of ours
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
@@ -64,21 +80,8 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
             f"such as `ray start --head` tells. Found: {address or 'none'} ({found})."
         ) from None
 
-    def train(waiting: list[Job], at_a_time: int | None) -> None:
-        if cell.training_code(root) != code:
-            raise LabError(
-                "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
-            )
-        _side_by_side(waiting, at_a_time, root, address)
-
-    folder = root / resume.FOLDER
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / "ray.lock")
     try:
-        with lock.acquire(timeout=0):
-            yield train
-    except Timeout:
-        raise LabError(f"{root}: Expected no other `ablab repro --engine ray` at work. Found: one.") from None
+        yield
     finally:
         if not address:
             shutil.rmtree(node.nodes() / ray.get_runtime_context().get_node_id(), ignore_errors=True)

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ablation_lab import cell, files
+from ablation_lab.errors import LabError
 
 # Of a training on a GPU: CUDA's own bytes, with room for what its libraries work with, and copies of a number: of a
 # weight, its gradient and what an optimizer remembers; of what a layer gives, its gradient.
@@ -79,6 +80,16 @@ def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str], c
     )
     memory = GPU_CONTEXT + pictures_there + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
     return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"], devices, memory)
+
+
+def check_code(root: Path, code: dict[str, str]) -> None:
+    """See that what is imported now is what the cells' hashes say.
+
+    Raises:
+        LabError: when it has been edited since.
+    """
+    if cell.training_code(root) != code:
+        raise LabError("src/: Expected the code that `ablab repro` has started with. Found: another. Call it again.")
 
 
 class View:

@@ -17,9 +17,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ablation_lab import cell, errors, resume, runner
-from ablation_lab.errors import LabError
-from ablation_lab.jobs import Engine, Job, View
+from ablation_lab import errors, resume, runner
+from ablation_lab.jobs import Engine, Job, View, check_code
 from ablation_lab.tracking import live
 
 MOST_ON_A_GPU = 4
@@ -179,10 +178,7 @@ def _cell(
             told.send(row)
 
     with errors.explained():
-        if cell.training_code(root) != code:  # what is imported is not what the cell's hash would say
-            raise LabError(
-                "src/: Expected the code that `ablab repro` has started with. Found: another. Call it again."
-            )
+        check_code(root, code)
         runner.prepare(job.variant, job.seed, told=tell)
 
 

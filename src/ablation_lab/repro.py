@@ -41,28 +41,27 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
         if status := call(root, "repro", "plan"):
             return status
         study = params.load(root / "params.yaml")
+        card = files.read_json(root / runner.DATA / "card.json")
         for stage, variants in (("train", study.variants), ("finetune", study.second_names)):
-            if stage == "finetune" and variants and (status := call(root, "repro", "select")):
+            if not variants:
+                continue
+            if stage == "finetune" and (status := call(root, "repro", "select")):
                 return status
             cells = {f"{stage}@{variant}-{seed}": (variant, seed) for variant in variants for seed in study.seeds}
-            card = files.read_json(root / runner.DATA / "card.json")
-            waiting = (
-                [jobs.job(stage, *cells[name], root, code, card) for name in due(root, list(cells))] if cells else []
-            )
+            waiting = [jobs.job(stage, *cells[name], root, code, card) for name in due(root, list(cells))]
             if not waiting:
                 continue
             once = {job.wanted: job for job in reversed(waiting)}
             train(sorted(once.values(), key=lambda job: -job.cost), at_a_time)
             for job in waiting:
                 job.failure = once[job.wanted].failure
-            failed = [job for job in waiting if job.failure]
+            failed, good = ([job for job in waiting if bool(job.failure) is ended] for ended in (True, False))
             if engine == "local":
-                _keep([job for job in waiting if not job.failure], root)
+                _keep(good, root)
             if failed:
                 # What has been trained is kept; DVC alone would try the others once more.
-                good = [job.stage_name for job in waiting if not job.failure]
                 if good:
-                    call(root, "repro", "--keep-going", "--single-item", *good)
+                    call(root, "repro", "--keep-going", "--single-item", *(job.stage_name for job in good))
                 for job in failed:
                     print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
                 return 1
