@@ -17,6 +17,7 @@ from ablation_lab import (
     cell,
     checkpoint,
     feeding,
+    gpu,
     models,
     optimization,
     params,
@@ -372,7 +373,7 @@ def test_data_go_to_a_gpu_with_room_for_them(monkeypatch):
     assert feeding.stored(arrays, "device")
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
     for free, there in ((100 * feeding.SHARE, True), (100 * feeding.SHARE - 1, False)):
-        monkeypatch.setattr(backend, "free_gpu_memory", lambda free=free: free)
+        monkeypatch.setattr(gpu, "free_memory", lambda free=free: free)
         assert (feeding.stored(arrays, "auto") is not None) == there
 
 
@@ -380,9 +381,9 @@ def test_what_nvidia_smi_tells(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 80000\necho 512\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert backend.free_gpu_memory() == 512 * 2**20
+    assert gpu.free_memory() == 512 * 2**20
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert backend.free_gpu_memory() == 0
+    assert gpu.free_memory() == 0
 
 
 def test_the_optimizer_of_several_devices_is_keras_own():

@@ -195,11 +195,12 @@ def test_a_number_of_cells_is_asked_for(project: Path):
 
 def test_small_cells_share_a_gpu_as_far_as_its_memory_goes(monkeypatch, tmp_path):
     job = Job("train", "baseline", 0, "hash", 1.0, 1, 1, 1, 3 * 10**9)
-    assert [parallel.on_a_gpu([job], free) for free in (None, 10**9, 7 * 10**9, 10**12)] == [1, 1, 2, 4]
+    assert [parallel.on_a_gpu([job], free) for free in (0, 10**9, 7 * 10**9, 10**12)] == [1, 1, 2, 4]
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho 8000\necho 7000\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     monkeypatch.setattr(parallel, "_gpus", lambda: ["0", "2"])
     monkeypatch.setattr(parallel, "_cores", lambda: list(range(8)))
     assert parallel._room([job]) == 4  # two on each

@@ -4,7 +4,6 @@ import atexit
 import gc
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,18 +114,6 @@ def _divide_cpu(devices: int) -> None:
 def has_gpu() -> bool:
     """Whether a GPU trains."""
     return bool(tf.config.list_physical_devices("GPU"))
-
-
-def free_gpu_memory() -> int:
-    """Bytes that nobody uses yet of the GPU that has the least; 0 where nothing tells, as without NVIDIA's driver."""
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--id={visible}")
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        return min(int(line) for line in told.splitlines()) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0
 
 
 def surroundings(devices: int = 1) -> list[str]:

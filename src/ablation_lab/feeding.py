@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation_lab import backend, optimization
+from ablation_lab import backend, gpu, optimization
 from ablation_lab.backend import keras, tf
 
 SHARE = 4  # pictures or features take a quarter of a GPU's free memory at most: the training needs the rest
@@ -31,7 +31,7 @@ class Stored(keras.layers.Layer):
 def stored(arrays: Sequence[np.ndarray], wanted: str) -> Stored | None:
     """Arrays on the device where `train.data_on` wants them there: `auto` does on a GPU that has room for them."""
     if wanted == "auto":
-        fit = backend.has_gpu() and SHARE * sum(array.nbytes for array in arrays) <= backend.free_gpu_memory()
+        fit = backend.has_gpu() and SHARE * sum(array.nbytes for array in arrays) <= gpu.free_memory()
         wanted = "device" if fit else "host"
     return Stored(arrays) if wanted == "device" else None
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ablation_lab import errors, resume, runner
+from ablation_lab import errors, gpu, resume, runner
 from ablation_lab.jobs import Engine, Job, View, check_code
 from ablation_lab.tracking import live
 
@@ -80,31 +79,21 @@ def _cores() -> list[int]:
 def _room(waiting: list[Job]) -> int:
     """As many cells as the GPUs have room for, else as the cores have threads for."""
     threads = max(1, len(_cores()) // max(job.threads for job in waiting))
-    if gpus := len(_gpus()):
-        several = max(job.devices for job in waiting)
-        return (
-            gpus // several or 1 if several > 1 else min(gpus * on_a_gpu(waiting, _free_memory()), max(gpus, threads))
-        )
-    return threads
+    gpus, several = len(_gpus()), max(job.devices for job in waiting)
+    if not gpus:
+        return threads
+    if several > 1:
+        return max(1, gpus // several)
+    return min(gpus * on_a_gpu(waiting, gpu.free_memory()), max(gpus, threads))
 
 
-def on_a_gpu(waiting: list[Job], free: int | None) -> int:
+def on_a_gpu(waiting: list[Job], free: int) -> int:
     """How many cells a GPU has memory for; small ones leave it idle most of the time.
 
     Args:
-        free: bytes that are free on the fullest GPU; None when nobody knows.
+        free: bytes that are free on the fullest GPU; 0 when nobody knows.
     """
-    return min(MOST_ON_A_GPU, max(1, (free or 0) // max(job.memory for job in waiting)))
-
-
-def _free_memory() -> int | None:
-    """Bytes that are free on the fullest GPU that may be used, as NVIDIA's driver says."""
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={','.join(_gpus())}"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-        return min(int(line) for line in told.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    return min(MOST_ON_A_GPU, max(1, free // max(job.memory for job in waiting)))
 
 
 def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code: dict[str, str]) -> None:
@@ -126,9 +115,9 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     chosen = [cores[(slot * share + one) % len(cores)] for one in range(share)]
                     chosen = chosen if job.threads <= share else cores
                     # One that more cells than one have is shared by its memory.
-                    gpu = [gpus[(slot * several + one) % len(gpus)] for one in range(job.devices)] if gpus else []
+                    given = [gpus[(slot * several + one) % len(gpus)] for one in range(job.devices)] if gpus else []
                     log = logs / f"{job.name}.log"
-                    arguments = (root, job, code, chosen, gpu, log, theirs)
+                    arguments = (root, job, code, chosen, given, log, theirs)
                     process = context.Process(target=_cell, args=arguments, name=job.name)
                     with _deaf():
                         process.start()
