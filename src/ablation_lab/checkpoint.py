@@ -20,9 +20,9 @@ import numpy as np
 from ablation_lab import files
 from ablation_lab.backend import keras, surroundings
 
-# Keeping states takes at most a twentieth of the training's time, and a second. Where that would be exceeded, waiting
+# Keeping states takes at most a fiftieth of the training's time, and a second. Where that would be exceeded, waiting
 # for the disk, so that a power loss takes nothing, is left out first.
-SHARE, ALLOWED = 20, 1
+SHARE, ALLOWED = 50, 1
 STATES = 2  # that are kept: should a power loss break the last one, there is the one before
 
 # What callbacks remember from epoch to epoch, by the name of their class.

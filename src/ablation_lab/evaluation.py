@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score
 
 from ablation_lab import cell, files
 from ablation_lab.errors import LabError
@@ -48,6 +47,9 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any] | Non
         `calibration_error` is the mean distance of confidence and accuracy, ranges weighted by pictures (ECE). None
         when a probability is not a number: the training diverged.
     """
+    # Takes a second, which the report and MLflow's sync need not spend.
+    from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score
+
     with np.errstate(invalid="ignore", divide="ignore"):
         probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
     if not np.isfinite(probabilities).all():

@@ -126,7 +126,13 @@ def lints(model: dict[str, Any]) -> list[str]:
 
 
 def digest(path: Path, algorithm: str) -> str:
-    """A file's hash as `algorithm:hexadecimal`."""
+    """A file's hash as `algorithm:hexadecimal`; of one that hasn't changed since it was asked for, the same."""
+    known = path.stat()
+    return _digest(path, algorithm, known.st_mtime_ns, known.st_size)
+
+
+@cache
+def _digest(path: Path, algorithm: str, _changed: int, _bytes: int) -> str:
     with path.open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 

@@ -531,7 +531,7 @@ def _save(figure: Figure, file: Path, photographs: bool) -> None:
     """Write a PNG, without photographs in 256 colours, half as large, so that the page stays small; and an SVG."""
     style.settle(figure)
     shown = style.drawn(figure)
-    (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file, optimize=True)
+    (shown if photographs else shown.quantize(256, dither=Image.Dither.NONE)).save(file)
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     # Where the font is not installed, one as wide.
