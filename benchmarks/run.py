@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                    # all of them: three and a half hours of two cores, nothing else running
     python benchmarks/run.py quickstart loop    # these
+    python benchmarks/run.py loop -- --times 2  # one, with arguments of its own
     python benchmarks/run.py --small            # a minute each, to see that they work; nothing is kept
     python benchmarks/run.py --page             # nothing, but writes the page anew
 
@@ -14,6 +15,7 @@ import ast
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -51,12 +53,12 @@ that of the medians, with the ratios of single turns. What the benchmarks call p
 they know nothing of Ablation Lab."""
 
 
-def run(name: str) -> bool:
+def run(name: str, arguments: list[str]) -> bool:
     """Run a benchmark and keep its figures; whether it ended well."""
     commit, started = _commit(), time.time()
     with tempfile.TemporaryDirectory() as place:
         found = Path(place) / "figures.json"
-        if not _call(name, "--figures", str(found)):
+        if not _call(name, "--figures", str(found), *arguments):
             return False
         figures = json.loads(found.read_text(encoding="utf-8"))
     if _commit() != commit:
@@ -66,6 +68,7 @@ def run(name: str) -> bool:
         "date": time.strftime("%Y-%m-%d", time.localtime(started)),
         "minutes": round((time.time() - started) / 60, 1),
         "commit": commit,
+        "arguments": arguments,
         "machine": _machine(),
         "versions": {"python": platform.python_version()} | {one: version(one) for one in PACKAGES},
         "figures": figures,
@@ -86,7 +89,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", f":!{PAGE}")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", f":!{PAGE.relative_to(ROOT)}")
     return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
@@ -137,9 +140,10 @@ def _told(name: str) -> tuple[str, str]:
 
 
 def _when(result: dict[str, Any] | None, name: str) -> str:
-    command = f"`python benchmarks/run.py {name}`"
     if result is None:
-        return f"Not measured yet: {command}."
+        return f"Not measured yet: `python benchmarks/run.py {name}`."
+    own = result["arguments"]
+    command = f"`{shlex.join(['python', 'benchmarks/run.py', name, *(['--', *own] if own else [])])}`"
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     told = f"Measured on {result['date']} at commit {result['commit']} in {result['minutes']:.0f} minutes by {command}"
     return f"{told}: {result['machine']}; {versions}."
@@ -155,12 +159,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--small", action="store_true", help="see that they work; nothing is kept")
     parser.add_argument("--page", action="store_true", help="only write the page")
-    asked = parser.parse_args()
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    asked, arguments = parser.parse_args(given[:cut]), given[cut + 1 :]
+    if arguments and len(asked.names) != 1:
+        parser.error(f"Expected one NAME where arguments follow. Found: {len(asked.names)}.")
     if unknown := set(asked.names) - set(NAMES):
         parser.error(f"Expected some of {', '.join(NAMES)}. Found: {', '.join(sorted(unknown))}.")
     failed = []
     for name in [] if asked.page else asked.names or NAMES:
-        done = _call(name, "--small") if asked.small else run(name)
+        done = _call(name, "--small", *arguments) if asked.small else run(name, arguments)
         if not done:
             failed.append(name)
         if not asked.small:

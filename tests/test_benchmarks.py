@@ -37,11 +37,13 @@ def test_a_missed_bound_is_told():
 def test_the_page_tells_what_was_found(tmp_path):
     figures = tmp_path / "figures.json"
     script("coverage", "2", "--figures", str(figures))
-    result = {"date": "2026-11-22", "minutes": 3.2, "commit": "abc", "machine": "a machine", "versions": {"dvc": "3"}}
+    result = {"date": "2026-11-22", "minutes": 3.2, "commit": "abc", "arguments": ["--times", "2"]}
+    result |= {"machine": "a machine", "versions": {"dvc": "3"}}
     found = [*json.loads(figures.read_text()), {"what": "a | b", "value": 2048, "unit": "MiB", "at_most": 1000}]
     page = run.page({"coverage": result | {"figures": found}})
     assert "| [coverage](#coverage) | a \\| b | 2,048 MiB | at most 1,000 MiB: **missed** | 2026-11-22 |" in page
-    assert "Measured on 2026-11-22 at commit abc in 3 minutes" in page
+    command = "python benchmarks/run.py coverage -- --times 2"
+    assert f"Measured on 2026-11-22 at commit abc in 3 minutes by `{command}`" in page
     assert page.count("Not measured yet") == len(run.NAMES) - 1
 
 
