@@ -89,7 +89,8 @@ def _commit() -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", f":!{PAGE.relative_to(ROOT)}")
+    kept = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, PAGE)]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *kept)
     return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
