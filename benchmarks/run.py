@@ -141,10 +141,10 @@ def _told(name: str) -> tuple[str, str]:
 
 
 def _when(result: dict[str, Any] | None, name: str) -> str:
-    if result is None:
-        return f"Not measured yet: `python benchmarks/run.py {name}`."
-    own = result["arguments"]
+    own = result["arguments"] if result else []
     command = f"`{shlex.join(['python', 'benchmarks/run.py', name, *(['--', *own] if own else [])])}`"
+    if result is None:
+        return f"Not measured yet: {command}."
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     told = f"Measured on {result['date']} at commit {result['commit']} in {result['minutes']:.0f} minutes by {command}"
     return f"{told}: {result['machine']}; {versions}."

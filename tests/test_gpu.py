@@ -1,14 +1,13 @@
 """What needs a real GPU, skipped where there is none: `make gpu`, then `.venv/bin/pytest -m slow tests/test_gpu.py`."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, new_project, passed, run, write_params
+from conftest import ROOT, passed, run
 from test_devices import EVEN, data, pictures  # noqa: F401
 from test_killed import content
-from test_parallel import phases
+from test_parallel import both  # noqa: F401
 from test_training import STEADY, VARIED, plan_of, train
 
 from ablation_lab import backend, cell, gpu
@@ -53,14 +52,8 @@ def test_a_gpu_computes_what_the_cpu_does(data, tmp_path):  # noqa: F811
     np.testing.assert_allclose(*found, rtol=0.01, atol=1e-4)
 
 
-def test_cells_share_a_gpu(tmp_path):
-    projects: list[Path] = []
-    for name, command in (("one", ["dvc", "repro"]), ("two", ["ablab", "repro", "-j", "2"])):
-        projects.append(tmp_path / name / "project")
-        new_project(projects[-1])
-        write_params(projects[-1], phases())
-        passed(run(projects[-1], *command))
-    one, two = map(content, projects)
+def test_cells_share_a_gpu(both):  # noqa: F811
+    one, two = map(content, both)
     assert [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)] == []
 
 
