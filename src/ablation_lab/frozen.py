@@ -72,7 +72,8 @@ def _is_fixed(operation: Any) -> bool:
     # Batch normalisation changes what it knows of the data even where it trains no weights.
     still = not operation.trainable or not operation.variables
     at_random = any(variable.path.endswith("seed_generator_state") for variable in operation.variables)
-    return still and not at_random
+    off = isinstance(operation, keras.layers.Dropout) and not operation.rate
+    return still and (off or not at_random)
 
 
 def split(network: keras.Model, trained: keras.Model) -> tuple[keras.Model, keras.Model, keras.Model]:

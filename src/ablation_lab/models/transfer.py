@@ -94,7 +94,11 @@ def _times(x: Any) -> str:
 
 
 def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
-    """Freeze the layers of a network's backbone, all but those that `model.trainable` names."""
+    """Freeze the layers of a network's backbone, all but those that `model.trainable` names.
+
+    A frozen layer is in inference mode: batch normalisation sees to that itself, dropout (EfficientNet has some between
+    its blocks) gets a rate of 0.
+    """
     layers = own_layers(network)
     total = len(layers) + 1  # Keras counts the input layer, as number 0
     wanted = model["trainable"]
@@ -111,3 +115,7 @@ def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
         first = total - value if key == "last" else value
     for number, layer in enumerate(layers, start=1):
         layer.trainable = number >= first
+        if isinstance(layer, keras.layers.Dropout):
+            # Networks of several variants may share the layer, so its own rate is remembered.
+            layer.own_rate = getattr(layer, "own_rate", layer.rate)
+            layer.rate = layer.own_rate if layer.trainable else 0.0
