@@ -1,7 +1,9 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,6 +183,106 @@ def test_a_broken_entry_is_recomputed_and_the_folder_may_be_deleted(counted, roo
     shutil.rmtree(root / frozen.FOLDER)
     np.testing.assert_array_equal(features(prefix())[0], expected[0])
     assert len(counted) == 7
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_folder_may_be_deleted_while_features_are_computed(counted, root, monkeypatch, capfd, again):
+    expected = [array.copy() for array in features(prefix())]
+    shutil.rmtree(root / frozen.FOLDER)
+    predict, left = keras.Model.predict_on_batch, [True] * (frozen.ATTEMPTS if again else 1)
+
+    def deleting(self, *given):
+        if left:
+            left.pop()
+            shutil.rmtree(root / frozen.FOLDER)
+        return predict(self, *given)
+
+    monkeypatch.setattr(keras.Model, "predict_on_batch", deleting)
+    if again:
+        with pytest.raises(LabError, match=r"Expected to keep features there. Found: deleted 3 times while"):
+            features(prefix())
+        return
+    np.testing.assert_array_equal(features(prefix())[0], expected[0])
+    assert "was deleted, its features are computed anew" in capfd.readouterr().err
+    assert len(counted) == 3
+
+
+def test_who_computes_into_a_deleted_folder_leaves_anothers_features_alone(counted, root, monkeypatch):
+    expected = [array.copy() for array in features(prefix())]
+    shutil.rmtree(root / frozen.FOLDER)
+    predict, inner = keras.Model.predict_on_batch, []
+
+    def deleting(self, *given):
+        if not inner:
+            inner.append(True)
+            shutil.rmtree(root / frozen.FOLDER)
+            with monkeypatch.context() as other:
+                other.setattr(frozen, "os", SimpleNamespace(**vars(os) | {"getpid": lambda: 1}))
+                inner.append(features(self))  # another process, which takes the new lock
+        return predict(self, *given)
+
+    monkeypatch.setattr(keras.Model, "predict_on_batch", deleting)
+    found = features(prefix())
+    for made in (found, inner[1]):
+        np.testing.assert_array_equal(made[0], expected[0])
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from ablation_lab import frozen
+from ablation_lab.backend import keras
+keras.utils.set_random_seed(0)
+pictures = keras.Input((8, 8, 3))
+prefix = keras.Model(pictures, keras.layers.Conv2D(2, 3)(pictures))
+compute = frozen._compute
+def counted(*given):
+    Path(f"computed-{sys.argv[1]}").touch()
+    while not Path("waits").exists():
+        time.sleep(0.1)
+    compute(*given)
+frozen._compute, frozen.PATIENCE = counted, 0.1
+class Told:
+    def write(self, text):
+        if "waits for frozen layers that another cell computes" in text:
+            Path("waits").touch()
+    def flush(self):
+        pass
+sys.stderr = Told()
+features = frozen.features(prefix, np.ones((70, 8, 8, 3), np.uint8), "digest", 1, "cell")
+print(features[0].sum())
+"""
+
+
+def test_two_processes_compute_the_same_features_once(root):
+    place = os.environ | {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT / "src")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER, one], cwd=root, env=place, stdout=subprocess.PIPE, text=True)
+        for one in "ab"
+    ]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert told[0] == told[1] != "" and (root / "waits").exists()
+    assert len(list(root.glob("computed-*"))) == 1
+
+
+def test_room_is_made_before_features_are_computed(root, monkeypatch, counted):
+    for number, digest in enumerate("ab"):
+        features(prefix(), digest)
+        newest = max((root / frozen.FOLDER).glob("*/entry.json"), key=lambda path: path.stat().st_mtime)
+        os.utime(newest, (number, number))
+    size = sum(path.stat().st_size for path in newest.parent.glob("*"))
+    monkeypatch.setenv("ABLAB_FEATURES_GB", str(2.5 * size / 1e9))
+    kept = []
+    make_room = frozen._make_room
+
+    def looking(*given):
+        kept.append(len(list((root / frozen.FOLDER).glob("*/entry.json"))))
+        make_room(*given)
+
+    monkeypatch.setattr(frozen, "_make_room", looking)
+    features(prefix(), "c")
+    assert kept == [1]
 
 
 def test_what_was_not_used_for_longest_goes_first(root, monkeypatch):

@@ -88,13 +88,16 @@ def flush(folder: Path) -> None:
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole(folder: Path, by: str = "") -> Iterator[Path]:
     """A folder to fill that gets its name only when the block ends well; until then, what has that name stays.
 
     It stays too when the process is stopped while the one replaces the other: that is two renames, and the first is
     taken back.
+
+    Args:
+        by: part of the unfinished folder's name, where several processes may be filling one.
     """
-    part, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
+    part, old = (folder.with_name(folder.name + ending) for ending in (f"{by}.part", ".old"))
     if old.exists() and not folder.exists():
         old.rename(folder)  # killed in between
     for left in (part, old):

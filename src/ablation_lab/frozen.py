@@ -1,14 +1,17 @@
 """Frozen work is done once: the prefix of a network that no training changes is computed once for all pictures.
 
 What it gives, the features, is kept in `features/` below the project's root, by content: the same prefix, weights,
-pictures and way of computing are the same entry, whichever variant, seed or process asks. The folder may be deleted
-whenever nothing trains. It is bounded by `ABLAB_FEATURES_GB` (20): what hasn't been used for longest goes first.
+pictures and way of computing are the same entry, whichever variant, seed or process asks. The folder may be deleted at
+any time. It is bounded by `ABLAB_FEATURES_GB` (20): what hasn't been used for longest goes first.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from ablation_lab.errors import LabError
 FOLDER = "features"
 BATCH = 64  # fixed: the last bits of a feature may depend on it
 ENTRY = "entry.json"
+ATTEMPTS = 3
+PATIENCE = 2  # seconds to wait without a word
 
 
 def limit() -> int:
@@ -114,18 +119,46 @@ def features(
         One float32 array (n, …) for each output of the prefix, mapped from disk.
     """
     folder = folder or files.root() / FOLDER
-    folder.mkdir(exist_ok=True)
     entry = folder / _key(prefix, data_digest, threads)
-    with FileLock(_lock(entry)):  # another cell may be computing the same ones
+    for _ in range(ATTEMPTS):
+        folder.mkdir(exist_ok=True)
+        try:
+            return _read_or_compute(prefix, images, entry, name)
+        except FileNotFoundError:  # somebody has deleted the folder meanwhile
+            print(f"{name}: {folder} was deleted, its features are computed anew", file=sys.stderr, flush=True)
+    raise LabError(f"{folder}: Expected to keep features there. Found: deleted {ATTEMPTS} times while computing them.")
+
+
+def _read_or_compute(prefix: keras.Model, images: np.ndarray, entry: Path, name: str) -> list[np.ndarray]:
+    with _alone(entry, name):
         found = _read(entry)
         if found is None:
-            with files.whole(entry) as part:
+            for left in entry.parent.glob(f"{entry.name}*.part"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            # A lock goes with the folder that is deleted, so another process may be computing the same ones now.
+            with files.whole(entry, f".{os.getpid()}") as part:
                 _compute(prefix, images, part, name)
             found = _read(entry)
-            assert found is not None
+            if found is None:
+                raise FileNotFoundError(entry)
         os.utime(entry / ENTRY)
-    _bound(folder, entry)
+    _bound(entry.parent, entry)
     return found
+
+
+@contextmanager
+def _alone(entry: Path, name: str) -> Iterator[None]:
+    """Let no other cell compute the same features."""
+    lock = FileLock(_lock(entry))
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        print(f"{name}: waits for frozen layers that another cell computes", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(prefix: keras.Model, data_digest: str, threads: int) -> str:
@@ -154,7 +187,9 @@ def _compute(prefix: keras.Model, images: np.ndarray, part: Path, name: str) -> 
             padded = np.concatenate([given, np.repeat(given[-1:], short, axis=0)]) if short else given
             outputs = keras.tree.flatten(prefix.predict_on_batch(padded))
             if not arrays:
-                _make_room(part, sum(output[0].size for output in outputs) * len(images) * np.float32().nbytes)
+                needed = sum(output[0].size for output in outputs) * len(images) * np.float32().nbytes
+                _bound(part.parent, part, needed)
+                _make_room(part, needed)
                 arrays = [
                     np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *output.shape[1:]))
                     for path, output in zip(paths, outputs, strict=True)
@@ -196,12 +231,17 @@ def _read(entry: Path) -> list[np.ndarray] | None:
         return None
 
 
-def _bound(folder: Path, used: Path) -> None:
-    """Remove what hasn't been used for longest, until the rest fits; what another process uses just now stays."""
-    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=_last_use)
-    total = sum(_bytes(entry) for entry in entries)
+def _bound(folder: Path, used: Path, more: int = 0) -> None:
+    """Remove what hasn't been used for longest, until the rest fits; what another process uses just now stays.
+
+    Args:
+        used: this stays, too.
+        more: bytes that are about to be added.
+    """
+    entries = sorted((path for path in folder.glob("*") if path.is_dir()), key=_last_use)
+    total = sum(_bytes(entry) for entry in entries) + more
     for entry in entries:
-        if total <= limit():
+        if total <= limit() and (not more or more <= shutil.disk_usage(folder).free):
             return
         if entry == used:
             continue
@@ -221,7 +261,10 @@ def _last_use(entry: Path) -> float:
 
 
 def _bytes(entry: Path) -> int:
-    return sum(path.stat().st_size for path in entry.glob("*") if path.is_file())
+    try:
+        return sum(path.stat().st_size for path in entry.glob("*") if path.is_file())
+    except OSError:
+        return 0  # another process renames or removes it
 
 
 def _lock(entry: Path) -> Path:
