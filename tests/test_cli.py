@@ -93,6 +93,16 @@ def test_plan_for_people_and_from_a_folder_below(folder: Path):
     output = passed(run(folder / "studies", "ablab", "plan", PYTHONPATH=str(folder / "src")))
     assert "model.dropout: 0.25 → 0.0" in output
     assert "4 of 4 cells to train" in output
+    assert "early stopping" not in output
+
+
+def test_plan_names_weights_that_are_still_to_come_and_that_early_stopping_saves_time(folder: Path, tmp_path: Path):
+    places = {"KERAS_HOME": str(tmp_path / "keras"), "ABLAB_CACHE": str(tmp_path), "ABLAB_DATA_MIRROR": ""}
+    output = passed(run(folder, "ablab", "plan", "--params", "studies/scenes_squeezenet.yaml", **places))
+    assert "one after another, phase two as with dense256; less where early stopping ends a training." in output
+    address = "https://github.com/rcmalli/keras-squeezenet/releases/download/v1.0/"
+    name = "squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    assert f"{name} is not there yet: `dvc repro` gets it from {address}{name}, unless it is in weights/" in output
 
 
 def test_a_plan_that_cannot_be_trained_ends_with_status_2(folder: Path, tmp_path: Path):

@@ -47,9 +47,12 @@ def test_a_ready_made_study_can_be_planned_without_its_data(path, tmp_path):
     study = params.load(path)
     image_shape, classes, training, pictures, digest = plan.pictures(study, tmp_path)
     plan.check_names(study, classes)
-    described = plan.describe(study, image_shape, len(classes), tmp_path, pictures)
+    described, second = plan.describe_both(study, image_shape, len(classes), tmp_path, pictures)
     assert digest is None and pictures > training > 0
     assert list(described) == list(study.variants)
+    assert {name: list(facts) for name, facts in second.items()} == {
+        name: list(variants) for name, variants in study.second.items()
+    }
     assert not [lint for facts in described.values() for lint in facts["lints"]]
     for name, parameters in PUBLISHED.get(path.stem, {}).items():
         assert described[name]["parameters"] == parameters

@@ -102,6 +102,8 @@ def plan(
     print(planning.table(study, *planning.rows(study, described, second, training, data_digest, root)))
     if data_digest is None:
         print(f"The data are not there yet: `dvc repro` gets and prepares {study.data.dataset} first.")
+    for name, (ready, _) in planning.missing_weights(study).items():
+        print(f"{name} is not there yet: `dvc repro` gets it from {ready['url']}, unless it is in weights/ by then.")
 
 
 @app.command()

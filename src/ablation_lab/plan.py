@@ -225,26 +225,31 @@ def settings(
     return found
 
 
+def missing_weights(study: Params) -> dict[str, tuple[weights.Wanted, LabError]]:
+    """The files of ready-made weights that a study wants and that are not there, by name, with what is missing."""
+    found: dict[str, tuple[weights.Wanted, LabError]] = {}
+    for variant in study.variants.values():
+        model = variant.resolved()["model"]
+        ready = weights.wanted(model)
+        if ready and ready["url"]:
+            try:
+                weights.locate(model, ready)
+            except LabError as missing:
+                found[ready["file"]] = (ready, missing)
+    return found
+
+
 def fetch_weights(study: Params) -> None:
     """Download the weights of ready-made backbones that aren't there, so that no training has to wait for a network.
 
     Raises:
         LabError: when a file can be had from nowhere; it says where to put it.
     """
-    wanted: dict[str, tuple[dict[str, Any], weights.Wanted]] = {}
-    for variant in study.variants.values():
-        model = variant.resolved()["model"]
-        ready = weights.wanted(model)
-        if ready and ready["url"]:
-            wanted[ready["file"]] = (model, ready)
-    for name, (model, ready) in wanted.items():
+    for name, (ready, missing) in missing_weights(study).items():
         try:
-            weights.locate(model, ready)
-        except LabError as missing:
-            try:
-                fetch.keep(name, ready["hash"], str(ready["url"]), weights.FOLDER, weights.keras_folder())
-            except LabError as lost:
-                raise LabError(f"{missing}\n       {lost}") from None
+            fetch.keep(name, ready["hash"], str(ready["url"]), weights.FOLDER, weights.keras_folder())
+        except LabError as lost:
+            raise LabError(f"{missing}\n       {lost}") from None
 
 
 def write(
@@ -394,6 +399,7 @@ class Row:
 
     Args:
         base: the variant that sizes are compared with, and its facts.
+        sooner: whether early stopping may end its cells before all epochs are trained.
         counted: whether its cells count in the sum.
     """
 
@@ -402,6 +408,7 @@ class Row:
     facts: Facts
     reasons: list[str]
     minutes: float
+    sooner: bool
     counted: bool = True
 
 
@@ -441,7 +448,15 @@ def _rows(
     why = reasons(study, described, data_digest, root)
     spent = minutes(variants, described, study.seeds, pictures, root)
     return [
-        Row(name, base, facts, [one for seed in study.seeds if (one := why[name, seed])], spent[name], counted)
+        Row(
+            name,
+            base,
+            facts,
+            [one for seed in study.seeds if (one := why[name, seed])],
+            spent[name],
+            bool(variants[name].train.early_stopping),
+            counted,
+        )
         for name, facts in described.items()
     ]
 
@@ -463,6 +478,8 @@ def table(study: Params, first: list[Row], second: list[Row]) -> str:
     among = f", phase two as with {second[0].base[0]}" if len({row.base[0] for row in second}) > 1 else ""
     cells = len(counted) * len(study.seeds)
     spent = f", about {_duration(total)} one after another{among}" if left else ""
+    if any(row.sooner and row.reasons for row in counted):
+        spent += "; less where early stopping ends a training"
     lines.append(f"{left} of {cells} cells to train{spent}.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
