@@ -103,6 +103,17 @@ def test_a_file_of_the_users_in_any_of_keras_formats(backbone, file, tmp_path):
         weights.locate(chosen, wanted)
 
 
+@pytest.mark.parametrize("file", ["mine.keras", "mine.weights.h5", "mine.h5"])
+def test_a_truncated_file_of_the_users_is_refused(file, tmp_path):
+    build, _ = transfer.find("SqueezeNet")
+    source = build(include_top=False, weights=None, input_tensor=keras.Input((32, 32, 3)))
+    path = tmp_path / file
+    save(source, path) if file == "mine.h5" else (source.save if file == "mine.keras" else source.save_weights)(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(LabError, match=r"Expected the weights of SqueezeNet without its top. Found: .*mine"):
+        weights.load(network(), model(weights=str(path)), path)
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     save(network("MobileNetV2"), tmp_path / "other.h5")
     with pytest.raises(LabError, match=r"Expected the weights of SqueezeNet without its top. Found: .*other.h5"):

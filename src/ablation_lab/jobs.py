@@ -74,11 +74,10 @@ def job(stage: str, variant: str, seed: int, root: Path, code: dict[str, str], c
         * settings["batch_size"]
     )
     devices = settings["replicas"] or 1
-    # Pictures may lie there, each number a byte; features, which are fewer, are not known yet.
-    pictures_there = (
-        math.prod(card["image_shape"]) * sum(card["counts"].values()) if settings["data_on"] != "host" else 0
-    )
-    memory = GPU_CONTEXT + pictures_there + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
+    # The pictures may lie there, each number a byte, or the features in their place.
+    fed = frozen["bytes"] if frozen["once"] else math.prod(card["image_shape"]) * sum(card["counts"].values())
+    there = fed if settings["data_on"] != "host" else 0
+    memory = GPU_CONTEXT + there + A_WEIGHT * facts["parameters"] + A_VALUE * values // devices
     return Job(stage, variant, seed, wanted, cost, settings["epochs"], settings["threads"], devices, memory)
 
 

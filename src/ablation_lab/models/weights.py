@@ -7,6 +7,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
+from zipfile import BadZipFile
 
 import numpy as np
 from keras.src.utils import file_utils
@@ -94,7 +95,7 @@ def load(network: keras.Model, model: dict[str, Any], path: Path) -> None:
     backbone = transfer.backbone_of(network)
     try:
         backbone.load_weights(path)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, BadZipFile) as error:
         raise NetworkError(
             f"model.weights: Expected the weights of {model['backbone']} without its top. "
             f"Found: {path}; {reason(error)}"
