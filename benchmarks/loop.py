@@ -5,7 +5,8 @@
 Both train the same network on the same random pictures, with one thread, Adam and no XLA: a cell as `dvc repro` trains
 it, from pictures mapped from disk, with deterministic operations, all callbacks, a checkpoint after each epoch and
 MLflow's run; and `benchmarks/plain/fit.py`, `fit` on uint8 arrays in memory with `shuffle=True`, Keras' own Adam and
-nothing else. Each training is a process of its own, and the two take turns, five times.
+nothing else. Each training is a process of its own, and the two take turns, five times unless
+`--times` says otherwise.
 
 Timed is the whole of `fit`, with its first batch's tracing, validation after each epoch and all that callbacks do; on
 the cell's side also the making of its batches' data sets. The epochs after the first are told apart: on the cell's side

@@ -7,7 +7,7 @@ is run from nothing to the report and MLflow's runs by `dvc repro` and by `ablab
 loop is `xargs -P 2`, which starts one process a cell, two at a time: `benchmarks/plain/digits.py` takes the digits from
 scikit-learn and trains the same network, with as many epochs, the same batch and optimizer and one thread, by `fit`
 with validation data, then saves weights and history and scores the test part. Told is wall-clock time, from the
-command's start to its end. The three ways take turns, three times.
+command's start to its end. The three ways take turns, three times unless `--times` says otherwise.
 """
 
 import json
