@@ -146,7 +146,8 @@ def _when(result: dict[str, Any] | None, name: str) -> str:
     if result is None:
         return f"Not measured yet: {command}."
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    told = f"Measured on {result['date']} at commit {result['commit']} in {result['minutes']:.0f} minutes by {command}"
+    minutes = f"{result['minutes']:.0f} minutes" if result["minutes"] >= 1.5 else "about a minute"
+    told = f"Measured on {result['date']} at commit {result['commit']} in {minutes} by {command}"
     return f"{told}: {result['machine']}; {versions}."
 
 
