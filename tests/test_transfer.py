@@ -90,19 +90,19 @@ def test_batch_normalisation_of_frozen_layers_stays_as_it_is():
 
 
 def test_dropout_of_frozen_layers_is_off_and_that_of_trained_ones_is_not():
-    settings = {"shape": (32, 32, 3), "head": {}}
-    rates = {}
+    rates = []
     for trainable in ("none", {"last": 40}, "all"):
-        built = network("EfficientNetB0", trainable=trainable, **settings)
-        found = [layer for layer in built.layers if isinstance(layer, keras.layers.Dropout)]
-        assert all((layer.rate > 0) == layer.trainable for layer in found)
-        rates[str(trainable)] = [layer.rate for layer in found]
-    assert not any(rates["none"]) and all(rates["all"])
-    assert 0 < np.count_nonzero(rates["{'last': 40}"]) < len(rates["all"])
+        built = network("EfficientNetB0", shape=(32, 32, 3), trainable=trainable)
+        dropouts = [layer for layer in built.layers if isinstance(layer, keras.layers.Dropout)]
+        assert all((layer.rate > 0) == layer.trainable for layer in dropouts)
+        rates.append([layer.rate for layer in dropouts])
+    none, last, every = rates
+    assert not any(none) and all(every)
+    assert 0 < np.count_nonzero(last) < len(every)
     # A plan's networks share a backbone, whatever of it they train.
     for trainable in ("none", "all"):
         transfer.set_trainable(built, {"backbone": "EfficientNetB0", "trainable": trainable})
-    assert [layer.rate for layer in built.layers if isinstance(layer, keras.layers.Dropout)] == rates["all"]
+    assert [layer.rate for layer in dropouts] == every
 
 
 @pytest.mark.parametrize("output", ["softmax", "logits", "sigmoid"])

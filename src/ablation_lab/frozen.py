@@ -241,7 +241,7 @@ def _bound(folder: Path, used: Path, more: int = 0) -> None:
     entries = sorted((path for path in folder.glob("*") if path.is_dir()), key=_last_use)
     total = sum(_bytes(entry) for entry in entries) + more
     for entry in entries:
-        if total <= limit() and (not more or more <= shutil.disk_usage(folder).free):
+        if total <= limit() and more <= shutil.disk_usage(folder).free:
             return
         if entry == used:
             continue
