@@ -1,5 +1,6 @@
 """What tests share: a copy of the project in a folder of its own, and commands run in it."""
 
+import atexit
 import csv
 import json
 import os
@@ -7,6 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
+import venv
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 # MLflow keeps a connection to a database that a test may have deleted since.
@@ -64,14 +70,69 @@ def write_params(folder: Path, study: dict) -> None:
         yaml.dump(study, file)
 
 
-def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the environment (`dvc`, `ablab`, `git`, `python`) in a folder."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    clean |= {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder / "src"), "ABLAB_CACHE": str(folder.parent / "cache")}
-    return subprocess.run(
-        command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False, timeout=600
-    )
+def environment(folder: Path) -> dict[str, str]:
+    """What a user's shell has after `source .venv/bin/activate` in a project, and nothing else.
+
+    PATH begins with the environment of the project that the folder lies in. HOME is a folder beside that project:
+    downloads, tokens and settings that programs keep there last as long as the test does. What else a command needs
+    the product sets. A folder outside of any project, and the working tree itself, have the running environment.
+    """
+    project = next((one for one in (folder, *folder.parents) if (one / "src/ablation_lab").is_dir()), None)
+    if project is None or project == ROOT:
+        scripts, home = [Path(sys.executable).parent], _home()
+    else:
+        # The running environment has the tools that the project's own lacks, such as rclone.
+        scripts, home = [_installed(project), Path(sys.executable).parent], project.parent / "home"
+        (home / ".cache").mkdir(parents=True, exist_ok=True)
+        if not (fonts := home / ".cache/matplotlib").is_symlink():
+            fonts.symlink_to(_home() / ".cache/matplotlib")  # its list of fonts takes seconds to make
+    return {
+        "PATH": os.pathsep.join([*map(str, scripts), os.environ["PATH"]]),
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        # Where the machine's owner sets it, an older OpenBLAS computes wrong results without.
+        **{key: value for key, value in os.environ.items() if key == "OPENBLAS_CORETYPE"},
+    }
+
+
+@cache
+def _home() -> Path:
+    """The home that commands outside of any project's copy share."""
+    home = Path(tempfile.mkdtemp(prefix="ablab-home-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    (home / ".cache/matplotlib").mkdir(parents=True)
+    return home
+
+
+def _installed(project: Path) -> Path:
+    """Install a copy of the project as `make setup` does, its source editable, into a `.venv` of its own whose other
+    packages are those of the running environment; that takes milliseconds.
+
+    Returns:
+        The folder with the scripts.
+    """
+    folder = project / ".venv"
+    packages = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    listed = "\n".join([str(project / "src"), *packages, ""])
+    found = list(folder.glob("lib/python*/site-packages/project.pth"))
+    if found and found[0].read_text() == listed:
+        return folder / "bin"
+    shutil.rmtree(folder, ignore_errors=True)  # a moved or copied project's
+    venv.create(folder, symlinks=True)
+    for name in ("ablab", "dvc", "mlflow", "ray"):
+        for entry in entry_points(group="console_scripts", name=name):
+            script, function = folder / "bin" / name, entry.attr
+            script.write_text(f"#!{folder}/bin/python\nfrom {entry.module} import {function}\nexit({function}())\n")
+            script.chmod(0o755)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "project.pth").write_text(listed)
+    return folder / "bin"
+
+
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment (`dvc`, `ablab`, `git`, `python`) in a folder, as a user does in a new shell."""
+    bare = environment(folder) | variables
+    return subprocess.run(command, cwd=folder, env=bare, capture_output=True, text=True, check=False, timeout=600)
 
 
 def passed(done: subprocess.CompletedProcess[str]) -> str:

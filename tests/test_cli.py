@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import TINY, new_project, passed, run, write_params
+from conftest import TINY, environment, new_project, passed, run, write_params
 from PIL import Image
 
 
@@ -69,7 +69,7 @@ def test_ui_says_when_its_port_is_in_use(folder: Path):
 
 def test_a_stage_outside_the_environment_says_what_to_do(folder: Path):
     outside = [sys.executable, "-S", "-m", "stages.report"]  # a Python without its packages
-    done = run(folder, *outside, PYTHONPATH="")
+    done = run(folder, *outside)
     assert done.returncode == 1
     assert "Call `source .venv/bin/activate` first." in done.stderr
     assert "Traceback" not in done.stderr
@@ -90,7 +90,7 @@ def test_plan_in_json_needs_no_data(folder: Path):
 
 
 def test_plan_for_people_and_from_a_folder_below(folder: Path):
-    output = passed(run(folder / "studies", "ablab", "plan", PYTHONPATH=str(folder / "src")))
+    output = passed(run(folder / "studies", "ablab", "plan"))
     assert "model.dropout: 0.25 → 0.0" in output
     assert "4 of 4 cells to train" in output
     assert "early stopping" not in output
@@ -140,9 +140,14 @@ def test_predict_needs_a_trained_cell_then_predicts_pictures_of_any_size(folder:
 
 def test_ui_serves_the_studys_store_on_the_loopback_address(folder: Path):
     port = 5731
-    command = [str(Path(sys.executable).parent / "ablab"), "ui", "--port", str(port)]
     server = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        ["ablab", "ui", "--port", str(port)],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert server.stdout is not None

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, agree, new_project, passed, run, write_params
+from conftest import ROOT, TINY, agree, environment, new_project, passed, run, write_params
 from namespaces import hidden
-from test_killed import content, environment, states
+from test_killed import content, states
 from test_parallel import phases
 
 from ablation_lab import cluster as cluster_module
@@ -174,7 +174,7 @@ def test_the_cells_of_a_lost_node_go_on_at_another(project: Path, tmp_path: Path
     write_params(project, study)
     cluster.start("one", head=True)
     cluster.start("two")
-    command = [sys.executable, "-m", "ablation_lab.cli", "repro", "--engine", "ray", "--address", cluster.address]
+    command = ["ablab", "repro", "--engine", "ray", "--address", cluster.address]
     with (tmp_path / "told").open("w") as told:
         process = subprocess.Popen(command, cwd=project, env=environment(project), stderr=told, stdout=told)
         shared = next_folder(tmp_path / "dvc-cache" / node.SHARED)
@@ -214,7 +214,7 @@ def test_a_remote_does_where_no_folder_is_shared(project: Path, tmp_path: Path, 
 def test_ctrl_c_ends_the_cells_on_all_nodes(project: Path, tmp_path: Path):
     study = {**TINY, "train": TINY["train"] | {"epochs": 2000}}
     write_params(project, study)
-    command = [sys.executable, "-m", "ablation_lab.cli", "repro", "--engine", "ray", "-j", "2"]
+    command = ["ablab", "repro", "--engine", "ray", "-j", "2"]
     with (tmp_path / "told").open("w") as told:
         process = subprocess.Popen(
             command, cwd=project, env=environment(project), stderr=told, stdout=told, start_new_session=True

@@ -5,18 +5,16 @@ After each fault what was there is as it was, the message says what to do, and t
 
 import hashlib
 import json
-import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import fabricate
 import pytest
-from conftest import TINY, agree, client_of, new_project, passed, run, write_params
+from conftest import TINY, agree, client_of, environment, new_project, passed, run, write_params
 from namespaces import full_disk, read_only
 
 TWO_PHASES = TINY | {"seeds": [0], "finetune": {"variants": {"longer": {"train": {"epochs": 1}}}}}
@@ -59,17 +57,17 @@ if any(word.startswith(("stages.", "ablation_lab.")) for word in sys.orig_argv):
 """
 
 
-def customized(folder: Path, project: Path, script: str) -> dict[str, str]:
+def customized(folder: Path, script: str) -> dict[str, str]:
     """The environment in which Python runs a script first."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(script)
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{project / 'src'}"}
+    return {"PYTHONPATH": str(folder)}
 
 
 def stopped(project: Path, moment: str, number: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own and send it a signal at a moment of the stage."""
-    environment = customized(project.parent / "signal", project, SIGNAL)
-    return run(project, "setsid", "--wait", *command, STOP_AT=moment, STOP_WITH=str(int(number)), **environment)
+    first = customized(project.parent / "signal", SIGNAL)
+    return run(project, "setsid", "--wait", *command, STOP_AT=moment, STOP_WITH=str(int(number)), **first)
 
 
 def module(stage: str) -> tuple[str, ...]:
@@ -319,8 +317,7 @@ def test_a_cell_that_is_killed_as_for_its_memory(project: Path):
 def test_a_clock_that_jumps(project: Path):
     measured = ("timing", "reports", "dvc.lock")
     before = {path: digest for path, digest in contents(project).items() if not any(one in path for one in measured)}
-    environment = customized(project.parent / "clock", project, CLOCK)
-    done = run(project, "dvc", "repro", "--force", **environment)
+    done = run(project, "dvc", "repro", "--force", **customized(project.parent / "clock", CLOCK))
     passed(done)
     after = contents(project)
     assert {path: after[path] for path in before} == before
@@ -342,11 +339,9 @@ def leaves(value):
 @pytest.mark.slow
 def test_two_repros_at_once(project: Path):
     write_params(project, TWO_PHASES | {"model": TINY["model"] | {"dropout": 0.35}})
-    command = [str(Path(sys.executable).parent / "dvc"), "repro"]
-    environment = os.environ | {"PYTHONPATH": str(project / "src"), "DVC_NO_ANALYTICS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    both = [subprocess.Popen(command, cwd=project, env=environment, text=True, **streams) for _ in range(2)]
+    bare = environment(project)
+    both = [subprocess.Popen(["dvc", "repro"], cwd=project, env=bare, text=True, **streams) for _ in range(2)]
     outputs = [one.communicate(timeout=500) for one in both]
     assert any(one.returncode for one in both)
     for one, (_, told) in zip(both, outputs, strict=True):

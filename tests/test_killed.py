@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import agree, passed, run
+from conftest import agree, environment, passed, run
 from test_two_phases import STUDY, photographs
 
 from ablation_lab.dvc_command import mend
@@ -51,12 +50,6 @@ def content(project: Path) -> dict[str, bytes]:
     return found
 
 
-def environment(project: Path) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "ABLAB_"))}
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    return clean | {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(project / "src"), "PYTHONUNBUFFERED": "1"}
-
-
 def states(project: Path) -> dict[str, int]:
     """The epochs that are kept of each cell that is not done."""
     found = {}
@@ -76,7 +69,7 @@ def killed(project: Path, stage: str, seconds: float, whole_group: bool, in_epoc
     process = subprocess.Popen(
         ["dvc", "repro"],
         cwd=project,
-        env=environment(project),
+        env=environment(project) | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -157,7 +150,7 @@ def test_a_long_cell_never_fits_an_epoch_twice(tmp_path: Path):
     stops = [3, 4, 9, 99]
     for stop in stops:
         process = subprocess.Popen(
-            [sys.executable, "-c", spy], cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True
+            ["python", "-c", spy], cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True
         )
         for line in process.stdout:
             if not line.startswith("epoch"):

@@ -7,7 +7,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import closing
@@ -17,7 +16,7 @@ import mlflow
 import numpy as np
 import one_thread  # noqa: F401
 import pytest
-from conftest import agree, client_of, in_mlflow, passed, run
+from conftest import agree, client_of, environment, in_mlflow, passed, run
 from mlflow.tracking import MlflowClient
 from namespaces import full_disk, read_only
 from PIL import Image
@@ -172,7 +171,7 @@ def test_a_served_champion_answers_with_the_reports_probabilities(project: Path)
     command = ["mlflow", "models", "serve", "--model-uri", "models:/tiny@champion", "--env-manager", "local"]
     server = subprocess.Popen(
         [*command, "--port", str(port)],
-        env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlruns/mlflow.db"},
+        env=environment(project) | {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlruns/mlflow.db"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -370,17 +369,17 @@ def test_a_server_that_dies_in_mid_training_gets_the_rest_later(project: Path, t
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path}/server.db"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "artifacts")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(command, env=environment, **quiet)
+    bare = environment(project)
+    server = subprocess.Popen(command, env=bare | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, **quiet)
     try:
         client = MlflowClient(address, address)
         _until(lambda: _answers(address))
         training = subprocess.Popen(
-            [sys.executable, "-c", CUT_OFF],
-            env=os.environ | {"MLFLOW_TRACKING_URI": address},
+            ["python", "-c", CUT_OFF],
+            env=bare | {"MLFLOW_TRACKING_URI": address},
             **{key: subprocess.PIPE for key in ("stdin", "stdout", "stderr")},
             text=True,
         )
@@ -392,7 +391,7 @@ def test_a_server_that_dies_in_mid_training_gets_the_rest_later(project: Path, t
         _, errors = training.communicate("go on\n", timeout=60)
         assert time.monotonic() - started < 10
         assert training.returncode == 0 and "warning: MLflow " in errors
-        server = subprocess.Popen(command, env=environment, **quiet)
+        server = subprocess.Popen(command, env=bare | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, **quiet)
         _until(lambda: _answers(address))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         mirror.sync()

@@ -3,14 +3,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, agree, client_of, new_project, passed, run, write_params
+from conftest import ROOT, TINY, agree, client_of, environment, new_project, passed, run, write_params
 from ruamel.yaml import YAML
-from test_killed import content, environment
+from test_killed import content
 
 from ablation_lab import parallel
 from ablation_lab.dvc_command import due
@@ -148,7 +147,7 @@ def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
     study["train"]["epochs"] = 2000
     write_params(project, study)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ablation_lab.cli", "repro", "-j", "2"],
+        ["ablab", "repro", "-j", "2"],
         cwd=project,
         env=environment(project),
         stderr=subprocess.PIPE,

@@ -3,18 +3,16 @@
 Each test goes on where the one before it ended; `make test-slow` runs them.
 """
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY, agree, client_of, in_mlflow, new_project, passed, run, trained, write_params
+from conftest import TINY, agree, client_of, environment, in_mlflow, new_project, passed, run, trained, write_params
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +57,9 @@ def test_kill_9_in_mid_training_then_repro(project: Path):
     long = TINY | {"train": TINY["train"] | {"epochs": 500}}
     write_params(project, long)
     with subprocess.Popen(
-        [str(Path(sys.executable).parent / "dvc"), "repro"],
+        ["dvc", "repro"],
         cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project / "src"), "DVC_NO_ANALYTICS": "1"},
+        env=environment(project),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as dvc:

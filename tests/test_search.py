@@ -1,17 +1,15 @@
 """`ablab search`: what is proposed, and a whole search for real, whose trainings are counted."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, TINY, client_of, new_project, passed, run, write_params
+from conftest import ROOT, TINY, client_of, environment, new_project, passed, run, write_params
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from ruamel.yaml import YAML
 
@@ -144,10 +142,9 @@ def state(project: Path) -> dict[str, bytes]:
 def test_ctrl_c_leaves_everything_as_it_was(project: Path):
     write_params(project, SEALED | {"train": SEALED["train"] | {"epochs": 10_000}})
     before = state(project)
-    command = [str(Path(sys.executable).parent / "ablab"), "search", "-S", "model.head_units=5,6", "--trials", "2"]
+    command = ["ablab", "search", "-S", "model.head_units=5,6", "--trials", "2"]
     temporary = project / ".dvc/tmp/exps/standalone"
-    environment = os.environ | {"PYTHONPATH": str(project / "src")}
-    process = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=project, env=environment(project), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not list(temporary.glob("*/cells/mlp/seed-0.part")):
         assert process.poll() is None and time.monotonic() < deadline

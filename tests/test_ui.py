@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from conftest import client_of, in_mlflow, passed, run
+from conftest import client_of, environment, in_mlflow, passed, run
 from playwright.sync_api import Page, expect
 
 PATIENCE = 60_000  # milliseconds
@@ -25,15 +24,14 @@ pytestmark = browser.needed
 def address(trained_project: Path) -> Iterator[str]:
     """Where the pages of the tiny study are."""
     passed(run(trained_project, "ablab", "sync"))
-    environment = os.environ | {"PYTHONPATH": str(trained_project / "src")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "ablab"), "ui", "--port", str(port)]
+    command = ["ablab", "ui", "--port", str(port)]
     with subprocess.Popen(
         command,
         cwd=trained_project,
-        env=environment,
+        env=environment(trained_project),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
