@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro setup gpu test test-slow benchmarks lint lock audit
 
 repro: setup
-	@$(VENV)/bin/python -c "from pathlib import Path; from ablation_lab import dvc_command; dvc_command.mend(Path())"
+	@$(VENV)/bin/python -m ablation_lab.dvc_command
 	$(VENV)/bin/dvc repro
 	@echo "Report: reports/report.html"
 

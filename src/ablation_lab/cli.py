@@ -65,6 +65,10 @@ def use(
         raise LabError(f"ablab use: Expected one of {', '.join(known)}, or a study's file. Found: {study}.")
     params.load(source)
     current = root / "params.yaml"
+    if os.path.lexists(current) and not current.is_file():
+        raise LabError("params.yaml: Expected a file. Found: a folder, a pipe or a broken link. Move it away.")
+    if current.exists() and current.samefile(source):
+        raise LabError(f"ablab use: Expected another file than the current params.yaml. Found: {study}.")
     if current.exists() and not force and _has_edits(current, list(known.values())):
         raise LabError(
             "params.yaml has edits that are not committed. Commit them (`git commit params.yaml`), "
@@ -87,11 +91,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What would be trained and why, sizes, differences, warnings, minutes. Trains nothing."""
+    root = _project()
+    study = params.load(file or root / "params.yaml")  # before TensorFlow's import: mistakes are reported at once
     from ablation_lab import backend
     from ablation_lab import plan as planning
 
-    root = _project()
-    study = params.load(file or root / "params.yaml")
     backend.use_cpu_only()
     image_shape, classes, training, pictures, data_digest = planning.pictures(study, root)
     planning.check_names(study, classes)

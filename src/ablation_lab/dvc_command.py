@@ -1,4 +1,4 @@
-"""DVC called from `ablab`."""
+"""DVC called from `ablab`, and what `make repro` calls before it."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ablation_lab import errors, params
 from ablation_lab.errors import LabError
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -26,6 +27,18 @@ def environment() -> dict[str, str]:
 def call(root: Path, *command: str) -> int:
     """Run DVC in a project, its output where this process' own goes; the exit status."""
     return subprocess.run([*DVC, *command], cwd=root, env=environment(), check=False).returncode
+
+
+def prepare(root: Path) -> None:
+    """Check params.yaml and mend DVC's list of locks, before DVC reads either.
+
+    DVC unfolds every alias of params.yaml, without a bound on memory or time.
+
+    Raises:
+        LabError: for the mistakes in params.yaml.
+    """
+    params.load(root / "params.yaml")
+    mend(root)
 
 
 def mend(root: Path) -> None:
@@ -112,3 +125,8 @@ def _stages(root: Path) -> Iterator[Mapping[str, Any]]:
             yield load_file(repo, PROJECT_FILE).stages
     except DvcException as error:
         raise LabError(f"DVC: {error}") from None
+
+
+if __name__ == "__main__":
+    with errors.explained():
+        prepare(Path())

@@ -34,6 +34,7 @@ REPLICAS = 2  # of a mirrored training that names no number
 LONGEST_SIDE = 4096  # of a picture, in pixels; also of a kernel, a stride, a window
 MOST_LAYERS = 1000  # of one network: convolutions, residual blocks, dense layers
 MOST_SEEDS, MOST_VARIANTS = 1000, 500
+MOST_CELLS = 10_000  # of a phase: DVC needs 30 ms and 30 KB for each, whatever it is asked
 MOST_REPLICAS = 64
 MOST_PLANS = 5000  # of the second phase: its variants, for each variant that may be selected
 LONGEST_TEXT = 10_000
@@ -548,6 +549,9 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
         }
     if len(set(raw["seeds"])) < len(raw["seeds"]):
         problems.add(("seeds",), "each seed once", raw["seeds"])
+    cells = len(whole.seeds) * max(len(variants), len(whole.finetune.variants))
+    if cells > MOST_CELLS:
+        problems.add(("seeds",), f"at most {MOST_CELLS:,} cells of a phase, a variant with a seed each", cells)
     problems.raise_if_any()
     return Params(whole.study, whole.data, whole.seeds, variants, second, file)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ablation_lab import cell, files, jobs, params, runner
-from ablation_lab.dvc_command import call, due, keep, mend
+from ablation_lab.dvc_command import call, due, keep, prepare
 from ablation_lab.errors import LabError
 
 
@@ -35,9 +35,9 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
             f"{root}: Expected this project's own `ablab`, as its code is part of a cell. Found: that of {here}. "
             f"Set its environment up (`make setup`) and use it, or set PYTHONPATH to {root / 'src'}."
         )
+    prepare(root)
     code = cell.training_code(root)
     with _engine(engine, address, root, code) as train:
-        mend(root)
         if status := call(root, "repro", "plan"):
             return status
         study = params.load(root / "params.yaml")
