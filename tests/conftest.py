@@ -45,6 +45,14 @@ LONG = (
     *("test_page.py", "test_parallel.py", "test_tracking.py", "test_fuzz.py", "test_faults.py"),
 )
 
+# As installers write it: processes that a command starts import its script, too.
+SCRIPT = """#!{python}
+import sys
+from {module} import {function}
+if __name__ == "__main__":
+    sys.exit({function}())
+"""
+
 # A study that trains in seconds: real pictures, real training, one epoch of few steps.
 TINY = {
     "study": {"name": "tiny", "title": "A tiny study", "baseline": "baseline"},
@@ -121,8 +129,8 @@ def _installed(project: Path) -> Path:
     venv.create(folder, symlinks=True)
     for name in ("ablab", "dvc", "mlflow", "ray"):
         for entry in entry_points(group="console_scripts", name=name):
-            script, function = folder / "bin" / name, entry.attr
-            script.write_text(f"#!{folder}/bin/python\nfrom {entry.module} import {function}\nexit({function}())\n")
+            script = folder / "bin" / name
+            script.write_text(SCRIPT.format(python=folder / "bin/python", module=entry.module, function=entry.attr))
             script.chmod(0o755)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "project.pth").write_text(listed)
