@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import environment
 from PIL import Image
 
 from ablation_lab import datasets, params
@@ -617,9 +618,9 @@ def test_stages(tmp_path):
     )
 
     def run(stage):
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", f"stages.{stage}"]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        bare = environment(tmp_path) | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
 
     assert run("download").stdout == "data/raw: digits, 2 files, 0.1 MB\n"
     done = run("preprocess")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, environment, run
 from filelock import FileLock
 from namespaces import full_disk
 
@@ -256,7 +256,7 @@ print(features[0].sum())
 
 
 def test_two_processes_compute_the_same_features_once(root):
-    place = os.environ | {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT / "src")}
+    place = environment(root) | {"DVC_ROOT": str(root), "PYTHONPATH": str(ROOT / "src")}
     both = [
         subprocess.Popen([sys.executable, "-c", TOGETHER, one], cwd=root, env=place, stdout=subprocess.PIPE, text=True)
         for one in "ab"

@@ -5,10 +5,8 @@ What a linter sees is in pyproject.toml's `S` rules; here is what it can't see.
 
 import ast
 import json
-import os
 import re
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import one_thread  # noqa: F401
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, passed, run
 from ruamel.yaml import YAML
 
 from ablation_lab import cell, evaluation, models, params
@@ -141,12 +139,8 @@ def test_nothing_calls_home():
         "os.environ.pop('MLFLOW_DISABLE_TELEMETRY')\n"
         "print(is_telemetry_disabled())"
     )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_") and key != "CI"}
-    clean = {key: value for key, value in clean.items() if "PYTEST" not in key and "GITHUB" not in key}
-    clean |= {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]  # without the variable it would
+    told = passed(run(ROOT, "python", "-c", code))
+    assert told.split() == ["True", "False"]  # without the variable it would
 
 
 def test_every_server_of_ours_listens_on_the_loopback_address():
@@ -185,9 +179,7 @@ def advisories():
 
 
 def audited(project: Path, url: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(project / ".ci/audit.py"), str(project / "few.lock")]
-    environment = os.environ | {"AUDIT_URL": url}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return run(project, "python", str(project / ".ci/audit.py"), str(project / "few.lock"), AUDIT_URL=url)
 
 
 def test_the_audit_fails_for_what_is_known_and_only_for_that(tmp_path: Path, advisories: str):
