@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -110,6 +111,31 @@ def keep(
             if kept:
                 kept[0].dvcfile.dump_stages(kept, update_pipeline=False)
     return [name for name in makers if name not in {stage.name for stage in kept}]
+
+
+def locked(root: Path) -> list[str]:
+    """The stages in dvc.lock, in its order."""
+    path = root / "dvc.lock"
+    return re.findall(r"^  (\S+):$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.exists() else []
+
+
+def put_in_order(root: Path, before: list[str]) -> None:
+    """Move the stages that are new in dvc.lock into the order of dvc.yaml, in which `dvc repro` adds them.
+
+    Args:
+        before: the stages that were there already; these stay where they are, as with `dvc repro`.
+    """
+    from dvc.utils.serialize import modify_yaml
+
+    added = [name for name in locked(root) if name not in before]
+    if not added:
+        return
+    with _stages(root) as stages:
+        wanted = [name for name in stages if name in added]
+        if wanted != added:
+            with modify_yaml(root / "dvc.lock") as lock:
+                for name in wanted:
+                    lock["stages"][name] = lock["stages"].pop(name)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ablation_lab import cell, files, jobs, params, runner
-from ablation_lab.dvc_command import call, due, keep, prepare
+from ablation_lab.dvc_command import call, due, keep, locked, prepare, put_in_order
 from ablation_lab.errors import LabError
 
 
@@ -29,6 +29,13 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
     Raises:
         LabError: when the code that is running is not the project's.
     """
+    before = locked(root)
+    status = _repro(root, at_a_time, engine, address)
+    put_in_order(root, before)
+    return status
+
+
+def _repro(root: Path, at_a_time: int | None, engine: str, address: str | None) -> int:
     here, own = Path(__file__).resolve().parent, (root / "src" / "ablation_lab").resolve()
     if here != own:
         raise LabError(
