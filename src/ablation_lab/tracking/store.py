@@ -10,14 +10,22 @@ from pathlib import Path
 
 import mlflow
 from filelock import FileLock
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
 from ablation_lab import files
 from ablation_lab.errors import LabError
 
 FOLDER, ARTIFACTS = "mlruns", "artifacts"
 SQLITE = "sqlite:///"
+
+# MLflow's own defaults, 120 s and 7 retries, wait many minutes for a server that is down. These are defaults as well:
+# the variables of the same names come first.
+MLFLOW_HTTP_REQUEST_TIMEOUT.default, MLFLOW_HTTP_REQUEST_MAX_RETRIES.default = 30, 2
+ANSWERS = 10  # seconds that a server has for its first answer, where MLFLOW_HTTP_REQUEST_TIMEOUT is not set
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # they tell of every table that they make
@@ -34,6 +42,23 @@ def is_server() -> bool:
     return files.is_url(uri())
 
 
+def masked(text: str) -> str:
+    """A text without the passwords of the addresses in it."""
+    return re.sub(r"(\w://[^\s/:@]*):[^\s/]*@", r"\1:***@", text)
+
+
+def where(root: Path, quick: bool) -> str:
+    """Where the runs of a project can be seen, as the end of a sentence.
+
+    Args:
+        quick: whether the project is the one of `ablab quick`, in a folder of its own.
+    """
+    if is_server():
+        return f"on the server {masked(uri())}"
+    folder = f"cd {root.resolve().name} && " if quick else ""
+    return f"`{folder}ablab ui` shows them"
+
+
 def lock(name: str) -> FileLock:
     """A lock between the processes of this project."""
     path = files.root() / FOLDER / f"{name}.lock"
@@ -48,6 +73,8 @@ def connect() -> MlflowClient:
     made: hence the lock, and a name that it gets when it is whole. Write-ahead logging lets processes write side by
     side afterwards; the setting stays in the file.
     """
+    if is_server():
+        _knock()
     if not uri().startswith(SQLITE):
         return MlflowClient(uri(), uri())
     database = Path(uri().removeprefix(SQLITE))
@@ -64,6 +91,21 @@ def connect() -> MlflowClient:
             part.rename(database)
         follow(database, database.parent / ARTIFACTS)
     return MlflowClient(uri(), uri())
+
+
+def _knock() -> None:
+    """Ask the server, and so the database behind it, for something small, once: MLflow itself would wait and try again
+    for minutes."""
+    patience = MLFLOW_HTTP_REQUEST_TIMEOUT.get() if MLFLOW_HTTP_REQUEST_TIMEOUT.is_set() else ANSWERS
+    http_request(
+        get_default_host_creds(uri()),
+        "/api/2.0/mlflow/experiments/search",
+        "POST",
+        json={"max_results": 1},
+        timeout=patience,
+        max_retries=0,
+        raise_on_status=False,
+    )
 
 
 @contextmanager
@@ -160,13 +202,13 @@ def explained() -> Iterator[None]:
     except Exception as error:
         remedy = next((remedy for words, remedy in REMEDIES.items() if re.search(words, str(error))), "")
         raise LabError(
-            f"{uri()}: Expected MLflow's store. Found: {first_line(error)}. {remedy}"
+            f"{masked(uri())}: Expected MLflow's store. Found: {first_line(error)}. {remedy}"
             "Call `ablab sync` when it works again. Cells and reports are as they were."
         ) from error
 
 
 def first_line(error: Exception) -> str:
-    """An error's kind and the line that says most: what the database has said, where there is one."""
+    """An error's kind and the line that says most: what the database has said, where there is one. No passwords."""
     lines = str(error).splitlines() or [""]
     said = next((line for line in lines if line.startswith("(sqlite3.")), lines[0])
-    return f"{type(error).__name__}: {said}"[:300]
+    return masked(f"{type(error).__name__}: {said}")[:300]

@@ -24,7 +24,7 @@ def to_run(request: Request) -> Response:
         if same:
             run = next((run for run in same if run.info.status == "FINISHED"), same[0])
             return RedirectResponse(f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{WORKFLOW}")
-    where = escape(store.uri())
+    where = escape(store.masked(store.uri()))
     return HTMLResponse(f"<p>No run of the cell {escape(asked)} is in {where}. <code>ablab sync</code> adds it.", 404)
 
 
@@ -32,7 +32,7 @@ def to_study(request: Request) -> Response:
     """Go to the variants of a study, with the columns that compare them."""
     found = store.connect().get_experiment_by_name(request.path_params["study"])
     if found is None:
-        return HTMLResponse(f"<p>No study of this name is in {escape(store.uri())}.", 404)
+        return HTMLResponse(f"<p>No study of this name is in {escape(store.masked(store.uri()))}.", 404)
     return RedirectResponse(f"/#/experiments/{found.experiment_id}/runs?{WORKFLOW}&viewStateShareKey={runs.VIEW}")
 
 
