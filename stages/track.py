@@ -11,7 +11,7 @@ def main() -> None:
 
     receipt = mirror.sync()
     files.write_json(Path("mlruns/receipt.json"), receipt)
-    print(f"{len(receipt)} cells are in MLflow: `ablab ui` shows them")
+    print(mirror.told(receipt))
 
 
 if __name__ == "__main__":

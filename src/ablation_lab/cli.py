@@ -157,8 +157,8 @@ def sync() -> None:
     """Make MLflow agree with DVC's files."""
     from ablation_lab.tracking import mirror
 
-    receipt = mirror.sync(_project())
-    print(f"{len(receipt)} cells are in MLflow")
+    root = _project()
+    print(mirror.told(mirror.sync(root), root))
 
 
 @app.command()
@@ -168,7 +168,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> 
 
     root = _project()
     if store.is_server():
-        raise LabError(f"MLFLOW_TRACKING_URI: The store is a server: open {store.uri()} in a browser.")
+        raise LabError(f"MLFLOW_TRACKING_URI: The store is a server: open {store.masked(store.uri())} in a browser.")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise LabError(f"--port: Expected a free port. Found: {port} is in use. Try --port {port + 1}.")

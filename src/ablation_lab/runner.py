@@ -136,6 +136,7 @@ def make(
         result = files.read_json(ready / cell.RESULT)
         if run:
             run.metrics({key: result[key] for key in ("train_accuracy", "validation_accuracy", "best_epoch")})
+            run.outcome = result["status"]
 
 
 def _train(

@@ -4,6 +4,7 @@ So a store that is slow or gone never holds a training up, MLflow is imported wh
 training that is killed is closed all the same. What the store has missed is added by the next `track`.
 """
 
+import getpass
 import json
 import multiprocessing
 import os
@@ -68,12 +69,21 @@ def provenance() -> dict[str, str]:
         # DVC writes its lock while it runs.
         "git.dirty": str(bool(_git("status", "--porcelain", "--", ".", ":!dvc.lock"))).lower() if commit else "",
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
+        **user(),
         "ablab.host": socket.gethostname(),
         "ablab.pid": str(os.getpid()),
         "ablab.platform": platform.platform(),
         "ablab.python": platform.python_version(),
     } | {f"ablab.{name}": version(name) for name in names}
     return {key: value for key, value in tags.items() if value}
+
+
+def user() -> dict[str, str]:
+    """Whose process this is, by the tag that MLflow has for it; empty where the system has no name for the user."""
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (KeyError, ImportError, OSError):  # in a container, for one, with a number that no user has
+        return {}
 
 
 def _git(*command: str) -> str:
@@ -86,10 +96,13 @@ def _git(*command: str) -> str:
 
 
 class CellRun:
-    """One cell's run while it is trained. Trouble with the store is told once and never stops the training."""
+    """One cell's run while it is trained. Trouble with the store is told once and never stops the training.
+
+    `outcome`, the tag `ablab.status`, is set once it is known: `ok` or `diverged`.
+    """
 
     def __init__(self, identity: Identity):
-        self.identity = identity
+        self.identity, self.outcome = identity, ""
         # Those of `ablab repro` come from one process, which has imported MLflow once for all of them.
         forkable = multiprocessing.parent_process() is not None and sys.modules.keys() >= set(LOGGER)
         self._lines, self._ended, self._kill = _forked() if forkable else _started()
@@ -106,7 +119,7 @@ class CellRun:
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
         """Close the run as FINISHED, FAILED or KILLED, and wait a little for what the store has still to take."""
-        self._send(status=status, reason=reason, time=_now())
+        self._send(status=status, reason=reason, time=_now(), outcome=self.outcome)
         with suppress(BrokenPipeError):  # the logger has said why it ended
             self._lines.close()
         if not self._ended(PATIENCE):

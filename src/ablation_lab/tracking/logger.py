@@ -44,8 +44,9 @@ def main(lines: TextIO) -> int:
         except Empty:
             run.flush()
             message = messages.get()
-    ended = (message["status"], message["reason"], message["time"]) if message else ("KILLED",)
-    return 0 if run.end(*ended) else 1
+    if message is None:
+        return 0 if run.end("KILLED") else 1
+    return 0 if run.end(message["status"], message["reason"], message["time"], message["outcome"]) else 1
 
 
 def _read(lines: TextIO, messages: Messages) -> None:
@@ -77,11 +78,11 @@ class Run:
             self.metrics = []
         return taken
 
-    def end(self, status: str, reason: str = "", ended: int | None = None) -> bool:
+    def end(self, status: str, reason: str = "", ended: int | None = None, outcome: str = "") -> bool:
         from ablation_lab.tracking import runs
 
         reason = reason or (runs.killed(self.epoch) if status == "KILLED" else "")
-        return self.flush() and self._tolerant(lambda: self.live.end(status, reason, ended))
+        return self.flush() and self._tolerant(lambda: self.live.end(status, reason, ended, outcome))
 
     def _tolerant(self, call) -> bool:
         try:

@@ -46,6 +46,7 @@ class Record:
     Args:
         history: its epochs, as `cell.history` reads them.
         final: its final metrics.
+        status: `ok` or `diverged`.
         network: plan/networks/<variant>.json.
         timing: its timing.json.
         confusion: counts, actual × predicted; None where the test part is not scored.
@@ -54,6 +55,7 @@ class Record:
     identity: Identity
     history: list[dict[str, float]]
     final: dict[str, float]
+    status: str
     network: dict[str, Any]
     timing: dict[str, Any]
     confusion: list[list[int]] | None
@@ -70,7 +72,7 @@ class Record:
     @property
     def digest(self) -> str:
         history = [{key: value for key, value in row.items() if key != TIME} for row in self.history]
-        return digest([history, self.final, self.confusion])
+        return digest([history, self.final, self.status, self.confusion])
 
     def metrics(self) -> list[runs.Metric]:
         """All of them, each at the time when it was known."""
@@ -94,7 +96,7 @@ def sync(root: Path = Path()) -> dict[str, str]:
     Raises:
         LabError: when MLflow's store does not work.
     Returns:
-        MLflow's run ids by cell, for the receipt.
+        The hashes of the cells that MLflow has, by name: the receipt, which is the same in every clone and every store.
     """
     study = params.load(root / "params.yaml")
     if (root / cell.SELECTION / selection.CHOICE).exists():
@@ -104,9 +106,8 @@ def sync(root: Path = Path()) -> dict[str, str]:
     with store.lock("sync"), store.explained():
         mirror = Mirror(study, root)
         mirror.describe()
-        receipt = {}
         for record in tqdm(found, desc="MLflow", unit="cell", disable=None):
-            receipt[record.identity.name] = mirror.cell(record).info.run_id
+            mirror.cell(record)
         by_variant: dict[str, list[Record]] = defaultdict(list)
         for record in found:
             by_variant[record.identity.variant].append(record)
@@ -115,7 +116,13 @@ def sync(root: Path = Path()) -> dict[str, str]:
         # What a temporary experiment of DVC's finds is not yet what the project says.
         if root.resolve() == files.root().resolve():
             mirror.champion(by_variant)
-    return receipt
+    return {record.identity.name: record.identity.cell_hash for record in found}
+
+
+def told(receipt: dict[str, str], root: Path = Path()) -> str:
+    """What a user reads after `sync`: how many cells are in MLflow, and where."""
+    quick = params.load(root / "params.yaml").study.quick
+    return f"{len(receipt)} cells are in MLflow: {store.where(root, quick)}"
 
 
 def records(study: Params, root: Path) -> Iterator[Record]:
@@ -149,6 +156,7 @@ def records(study: Params, root: Path) -> Iterator[Record]:
             ),
             cell.history(folder),
             {key: float(value) for key, value in final.items() if value is not None},
+            scores.get("status", result["status"]),
             network,
             timing,
             test.get("confusion"),
@@ -203,7 +211,8 @@ class Mirror:
         with tempfile.TemporaryDirectory() as folder:
             self.figures.draw(one.name, record.history, record.confusion, Path(folder))
             self.client.log_artifacts(run_id, folder, "figures")
-        tags = one.made | {MODEL: model_id, "ablab.device": record.timing["device"], SYNCED: record.digest}
+        tags = one.made | {MODEL: model_id, "ablab.device": record.timing["device"], runs.STATUS: record.status}
+        tags |= {SYNCED: record.digest}
         return self._done(run_id, tags, None if run else record.ended)
 
     def _begin(self, name: str, tags: dict[str, str], started: int) -> str:
@@ -282,8 +291,8 @@ class Mirror:
                 self.client.set_tag(run.info.run_id, PARENT, kept.info.run_id)
 
     def champion(self, by_variant: dict[str, list[Record]]) -> None:
-        """Register the best variant on validation by its best seed; ties go to the first in the study. An unfinished
-        study has none."""
+        """Propose the best variant on validation, by its best seed, as the champion; ties go to the first in the study.
+        An unfinished study proposes none."""
         if sum(map(len, by_variant.values())) < len(self.study.cells):
             return
         means = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -25,6 +26,8 @@ with warnings.catch_warnings(action="ignore"):  # about its own type hints
     import mlflow.pyfunc
 
 CHAMPION = "champion"
+# Tags of a registered version, by which versions are compared.
+SCORE, DATA = "validation_accuracy", "ablab.data_digest"
 NAME = "model"
 
 
@@ -119,7 +122,9 @@ def load(uri: str) -> tuple[Any, dict[str, Any]]:
         with store.as_mlflows_own():
             model = mlflow.pyfunc.load_model(uri, suppress_warnings=True)
     except (MlflowException, OSError) as error:
-        raise LabError(f"{uri}: Expected a model in {store.uri()}. Found: {store.first_line(error)}.") from None
+        raise LabError(
+            f"{uri}: Expected a model in {store.masked(store.uri())}. Found: {store.first_line(error)}."
+        ) from None
     about = model.metadata.metadata or {}
     if "cell_hash" not in about:
         raise LabError(f"{uri}: Expected a model that `ablab sync` has logged. Found: one without `cell_hash`.")
@@ -141,24 +146,49 @@ def pack(folder: Path, target: Path) -> Path:
 
 
 def crown(client: MlflowClient, identity: Identity, model_id: str, run_id: str, mean: float) -> None:
-    """Register a cell's model under its study's name, unless it is, and make it the champion; those before it stay.
+    """Register a cell's model under its study's name where it is the best on its data, and let the alias `champion`
+    name the best version of the data that the champion is of.
+
+    Only what the versions' own tags hold is compared. Several projects may do this at once: whoever has moved the alias
+    looks again, so that the last move is made with all versions in sight.
 
     Args:
         mean: the variant's validation accuracy over its seeds, by which it was chosen.
     """
-    study = identity.study
+    study, digest = identity.study, identity.card["digest"]
     try:
         client.create_registered_model(study)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    versions = client.search_model_versions(f"name = '{study}'")
-    number = next((one.version for one in versions if one.run_id == run_id), None)
-    if number is None:
+    best = _best(client, study, digest)
+    if best is None or mean > _score(best):
         tags = {"ablab.cell_hash": identity.cell_hash, "ablab.variant": identity.variant}
-        tags |= {"ablab.seed": str(identity.seed), "validation_accuracy": f"{mean:.4f}"}
+        tags |= {"ablab.seed": str(identity.seed), DATA: digest, SCORE: repr(mean)}
         text = f"`{identity.variant}`, seed {identity.seed}: the best variant on validation, {mean:.4f} over its seeds."
         source = client.get_logged_model(model_id).artifact_location
-        number = client.create_model_version(study, source, run_id, tags, None, text, model_id=model_id).version
-    if str(client.get_registered_model(study).aliases.get(CHAMPION)) != str(number):
-        client.set_registered_model_alias(study, CHAMPION, str(number))
+        client.create_model_version(study, source, run_id, tags, None, text, model_id=model_id)
+    while True:
+        aliases = client.get_registered_model(study).aliases
+        known = client.get_model_version(study, str(aliases[CHAMPION])).tags.get(DATA) if CHAMPION in aliases else None
+        best = _best(client, study, known or digest)
+        if best is None or str(aliases.get(CHAMPION)) == str(best.version):
+            break
+        client.set_registered_model_alias(study, CHAMPION, str(best.version))
+    if known != digest:
+        print(
+            f"MLflow: the champion of {study}, version {aliases[CHAMPION]}, was trained on other data than this project's."
+            " Their accuracies can't be compared, so it stays. To make the best on this project's data the champion,"
+            f" remove the alias `{CHAMPION}` on MLflow's page and call `ablab sync`."
+        )
+
+
+def _best(client: MlflowClient, study: str, digest: str) -> ModelVersion | None:
+    """The version with the highest validation accuracy on some data, of equal ones the oldest."""
+    versions = client.search_model_versions(f"name = '{study}'")
+    same = [one for one in versions if one.tags.get(DATA) == digest]
+    return max(same, key=lambda one: (_score(one), -int(one.version)), default=None)
+
+
+def _score(version: ModelVersion) -> float:
+    return float(version.tags[SCORE])
