@@ -15,10 +15,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-# MLflow keeps a connection to a database that a test may have deleted since.
-os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+import ablation_lab.tracking  # noqa: F401 - before MLflow, whose telemetry it switches off, as in every command
 
+# isort: split
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient

@@ -10,20 +10,24 @@ import subprocess
 import time
 import urllib.request
 from contextlib import closing
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import one_thread  # noqa: F401
 import pytest
-from conftest import agree, client_of, environment, in_mlflow, passed, run
+from conftest import TINY, agree, client_of, environment, in_mlflow, passed, run, write_params
 from mlflow.tracking import MlflowClient
 from namespaces import full_disk, read_only
 from PIL import Image
 
-from ablation_lab import params, prediction
+from ablation_lab import files, params, prediction
 from ablation_lab.errors import LabError
 from ablation_lab.tracking import mirror, runs, served, store
+
+SCORED = Path("evaluation/cells.json")
 
 
 @pytest.fixture
@@ -33,6 +37,9 @@ def project(trained_project: Path, tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(trained_project, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # These tests remove databases that this process has opened, and MLflow would keep its connections to them. Each
+    # command of the product is a process of its own.
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     return folder
 
 
@@ -41,13 +48,46 @@ def test_live_runs_are_completed_and_a_second_time_changes_nothing(project: Path
     receipt = mirror.sync()
     agree(project)
     after = in_mlflow(project)
-    assert {name: run.info.run_id for name, run in after.items()} == receipt
-    assert {run.info.run_id for run in before.values()} == set(receipt.values())  # none was made anew
+    assert {name: run.data.tags["ablab.cell_hash"] for name, run in after.items()} == receipt
+    assert {run.info.run_id for run in before.values()} == {run.info.run_id for run in after.values()}  # none made anew
     state = {run.info.run_id: run.to_dictionary() for run in after.values()}
     assert mirror.sync() == receipt
     assert {run.info.run_id: run.to_dictionary() for run in in_mlflow(project).values()} == state
     versions = client_of(project).search_model_versions("name = 'tiny'")
     assert len(versions) == 1
+
+
+def test_the_receipt_is_the_same_in_every_store_and_says_where_the_runs_are(project: Path):
+    first = mirror.sync()
+    assert mirror.told(first) == "4 cells are in MLflow: `ablab ui` shows them"
+    shutil.rmtree(project / "mlruns")
+    write_params(project, TINY | {"study": TINY["study"] | {"quick": True}})
+    output = passed(run(project, "python", "-m", "stages.track"))
+    assert f"4 cells are in MLflow: `cd {project.name} && ablab ui` shows them" in output
+    hashes = {f"{one['variant']}-{one['seed']}": one["cell_hash"] for one in files.read_json(SCORED)}
+    assert files.read_json(project / "mlruns/receipt.json") == first == hashes
+
+
+def test_a_run_says_whether_its_training_diverged(project: Path):
+    mirror.sync()
+    before = in_mlflow(project)
+    assert {one.data.tags["ablab.status"] for one in before.values()} == {"ok"}
+    client = client_of(project)
+    for one in before.values():  # as an older version has left them
+        client.delete_tag(one.info.run_id, "ablab.status")
+        client.set_tag(one.info.run_id, mirror.SYNCED, "of an older version")
+    scored = files.read_json(SCORED)
+    scored[0] |= {"status": "diverged", "test": None, "validation": None}
+    files.write_json(SCORED, scored)
+    mirror.sync()
+    after = in_mlflow(project)
+    assert {name: one.info.run_id for name, one in after.items()} == {
+        name: one.info.run_id for name, one in before.items()
+    }
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    for status, names in {"diverged": {"baseline-0"}, "ok": set(after) - {"baseline-0"}}.items():
+        found = client.search_runs([experiment], f"tags.ablab.status = '{status}'")
+        assert {one.info.run_name for one in found} == names
 
 
 def test_a_store_that_is_gone_is_made_from_the_files(project: Path):
@@ -101,7 +141,8 @@ def test_what_the_store_missed_of_a_training_is_added(project: Path):
     runs.describe(client, half, one.plan, one.card)
     runs.log(client, half, runs.epoch(record.history[0], 0))
     client.set_terminated(half)
-    assert mirror.sync()[one.name] == half
+    mirror.sync()
+    assert in_mlflow(project)[one.name].info.run_id == half
     agree(project)
 
 
@@ -215,6 +256,74 @@ def test_another_choice_makes_another_champion_and_the_older_one_stays(project: 
     assert len(client.search_model_versions("name = 'tiny'")) == 2
 
 
+class Candidates:
+    """Cells of a project as candidates for the champion of its store, with scores and data of a test's choice."""
+
+    def __init__(self, project: Path):
+        mirror.sync()
+        self.client, self.runs = client_of(project), in_mlflow(project)
+        self.identities = {
+            one.identity.name: one.identity for one in mirror.records(params.load(project / "params.yaml"), project)
+        }
+
+    def propose(self, name: str, score: float, data: str = "first") -> None:
+        one = self.identities[name]
+        one = replace(one, study="league", card=one.card | {"digest": data})
+        run = self.runs[name]
+        served.crown(self.client, one, run.data.tags[mirror.MODEL], run.info.run_id, score)
+
+    def champion(self) -> tuple[str, float]:
+        tags = self.client.get_model_version_by_alias("league", "champion").tags
+        assert tags["ablab.cell_hash"] == self.identities[f"{tags['ablab.variant']}-{tags['ablab.seed']}"].cell_hash
+        return f"{tags['ablab.variant']}-{tags['ablab.seed']}", float(tags["validation_accuracy"])
+
+
+def test_the_champion_moves_only_to_a_better_score_on_the_same_data(project: Path, capsys):
+    league = Candidates(project)
+    league.propose("baseline-0", 0.5)
+    league.propose("baseline-1", 0.4)  # a worse one, tracked later
+    assert league.champion() == ("baseline-0", 0.5)
+    league.propose("no_dropout-0", 0.50001)
+    assert league.champion() == ("no_dropout-0", 0.50001)
+    league.propose("baseline-0", 0.5)  # back to an older state
+    league.propose("baseline-1", 0.50001)  # no better
+    assert league.champion() == ("no_dropout-0", 0.50001)
+    assert len(league.client.search_model_versions("name = 'league'")) == 2
+    assert "champion" not in capsys.readouterr().out
+
+    league.propose("no_dropout-1", 0.9, data="other")  # can't be compared
+    assert league.champion() == ("no_dropout-0", 0.50001)
+    assert "league's champion, version 2, was trained on other data than this project's" in capsys.readouterr().out
+    league.client.delete_registered_model_alias("league", "champion")
+    league.propose("no_dropout-1", 0.9, data="other")
+    assert league.champion() == ("no_dropout-1", 0.9)
+    league.propose("baseline-0", 0.95)  # back to the first data
+    assert league.champion() == ("no_dropout-1", 0.9)
+
+
+def test_of_two_that_crown_a_champion_at_once_the_better_one_stays(project: Path, monkeypatch):
+    league = Candidates(project)
+    move, moves = league.client.set_registered_model_alias, []
+
+    def overtaken(*arguments):
+        if not moves:  # the better one comes between this one's look and its move
+            moves.append(arguments)
+            league.propose("no_dropout-0", 0.9)
+        move(*arguments)
+
+    monkeypatch.setattr(league.client, "set_registered_model_alias", overtaken)
+    league.propose("baseline-0", 0.5)
+    assert moves and league.champion() == ("no_dropout-0", 0.9)
+
+
+def test_a_champion_of_an_older_version_without_its_data_gives_way(project: Path):
+    league = Candidates(project)
+    league.propose("baseline-0", 0.5)
+    league.client.delete_model_version_tag("league", "1", served.DATA)
+    league.propose("baseline-1", 0.4)
+    assert league.champion() == ("baseline-1", 0.4)
+
+
 def test_a_moved_project_serves_its_models(project: Path, tmp_path: Path, monkeypatch):
     mirror.sync()
     moved = tmp_path / "elsewhere"
@@ -260,9 +369,10 @@ def test_a_sync_that_is_killed_is_finished_by_the_next_one(project: Path):
 
 
 def test_a_final_metric_counts_also_after_the_clock_was_put_back(project: Path):
-    receipt = mirror.sync()
+    mirror.sync()
     tomorrow = int(1000 * time.time()) + 86_400_000
-    client_of(project).log_metric(receipt["baseline-0"], "test_accuracy", 0.25, tomorrow, 0)
+    run_id = in_mlflow(project)["baseline-0"].info.run_id
+    client_of(project).log_metric(run_id, "test_accuracy", 0.25, tomorrow, 0)
     scores = project / "evaluation/cells.json"
     cells = json.loads(scores.read_text())
     cells[0]["test"]["accuracy"] = 0.5
@@ -321,15 +431,32 @@ def test_what_a_killed_process_left_of_a_removed_database_is_not_played_into_the
 
 def test_a_server_that_is_down_is_told(project: Path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", address)
-        _told(
-            project, rf"{address}: Expected MLflow's store\. Found: .*Start the server, or see what MLFLOW_TRACKING_URI"
-        )
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@{address}")
+        message = r"Expected MLflow's store\. Found: .*Start the server, or see what MLFLOW_TRACKING_URI"
+        with pytest.raises(LabError) as told:
+            mirror.sync()
+        assert "secret" not in str(told.value)
+        _told(project, rf"http://user:\*\*\*@{address}: {message}")
     mirror.sync()
     agree(project)
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_and_never_answers_is_given_up_after_ten_seconds(project: Path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with ThreadPool(1) as pool:
+            track = pool.apply_async(run, (project, "python", "-m", "stages.track"), {"MLFLOW_TRACKING_URI": address})
+            connection, _ = silent.accept()
+            started = time.monotonic()
+            done = track.get(60)
+        connection.close()
+        waited = time.monotonic() - started
+    assert done.returncode == 1 and f"error: {address}: Expected MLflow's store. Found: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 9 < waited < 20  # with the end of a process of Python's
 
 
 @pytest.mark.parametrize("disk", ["full", pytest.param("read-only", marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """Runs of trainings, live: the store, the process that logs, and what happens when either is gone."""
 
+import getpass
 import os
 import shutil
 import signal
@@ -75,6 +76,7 @@ def test_a_run_has_the_cells_settings_metrics_tags_and_data(root, monkeypatch):
             run.epoch(row)
             time.sleep(0.2)
         run.metrics({"train_accuracy": 0.5, "validation_accuracy": None, "best_epoch": float("nan")})
+        run.outcome = "diverged"
     (logged,) = found(root)
     assert (logged.info.run_name, logged.info.status) == ("variant-0", "FINISHED")
     # The training's times, not those of the process that logs.
@@ -101,20 +103,44 @@ def test_a_run_has_the_cells_settings_metrics_tags_and_data(root, monkeypatch):
         "cells/variant/seed-0",
     )
     assert (tags["ablab.host"], tags["ablab.pid"]) == (socket.gethostname(), str(os.getpid()))
+    assert (tags["mlflow.user"], tags["ablab.status"]) == (getpass.getuser(), "diverged")
     assert tags["ablab.tensorflow"].startswith("2.") and tags["git.dirty"] in ("true", "false")
     (data,) = logged.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("digits", CARD["digest"][:36])
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("broke"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
+    ("error", "status"),
+    [
+        (ValueError("\x1b[1mbroke\x1b[0m in \x1b[38;5;34mcall\x1b[0m()"), "FAILED"),  # as Keras colours it
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+    ],
 )
 def test_a_run_that_does_not_end_well_says_why(root, error, status):
     with pytest.raises(type(error)), live.cell_run(identity()):
         raise error
     (logged,) = found(root)
     assert logged.info.status == status
-    assert logged.data.tags["ablab.reason"].startswith(type(error).__name__)
+    reason = logged.data.tags["ablab.reason"]
+    assert reason.startswith(type(error).__name__) and "\x1b" not in reason
+    assert status == "KILLED" or reason == "ValueError: broke in call()"
+    assert "ablab.status" not in logged.data.tags
+
+
+NAMELESS = """
+import os
+from ablation_lab.tracking import live
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+os.setuid(54321)
+print(live.user())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes a user whom the system has no name for, which only root may")
+def test_a_user_without_a_name_has_no_tag(tmp_path):
+    assert passed(run(tmp_path, "python", "-c", NAMELESS, PYTHONPATH=str(ROOT / "src"))) == "{}\n"
 
 
 KILLED = """

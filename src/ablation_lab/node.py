@@ -212,7 +212,7 @@ def _train(folder: Path, sent: dict[str, Any], job: dict[str, Any], board: Any) 
     def told(row: dict[str, float]) -> None:  # and nobody waits for it
         board.tell.remote(job["name"], row)
 
-    made = {name: value for name, value in sent["made"].items() if name.startswith(("git.", "dvc.exp"))}
+    made = {name: value for name, value in sent["made"].items() if name.startswith(("git.", "dvc.exp", "mlflow.user"))}
     with _alone(folder):
         waiting = dvc_command.due(folder, [job["stage_name"]])
     if not waiting:

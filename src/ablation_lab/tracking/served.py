@@ -177,7 +177,7 @@ def crown(client: MlflowClient, identity: Identity, model_id: str, run_id: str, 
         client.set_registered_model_alias(study, CHAMPION, str(best.version))
     if known != digest:
         print(
-            f"MLflow: the champion of {study}, version {aliases[CHAMPION]}, was trained on other data than this project's."
+            f"MLflow: {study}'s champion, version {aliases[CHAMPION]}, was trained on other data than this project's."
             " Their accuracies can't be compared, so it stays. To make the best on this project's data the champion,"
             f" remove the alias `{CHAMPION}` on MLflow's page and call `ablab sync`."
         )
