@@ -449,10 +449,9 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_after_ten_seconds(p
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with ThreadPool(1) as pool:
             track = pool.apply_async(run, (project, "python", "-m", "stages.track"), {"MLFLOW_TRACKING_URI": address})
-            connection, _ = silent.accept()
-            started = time.monotonic()
-            done = track.get(60)
-        connection.close()
+            with silent.accept()[0]:
+                started = time.monotonic()
+                done = track.get(60)
         waited = time.monotonic() - started
     assert done.returncode == 1 and f"error: {address}: Expected MLflow's store. Found: " in done.stderr
     assert "Traceback" not in done.stderr

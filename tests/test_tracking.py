@@ -128,6 +128,14 @@ def test_a_run_that_does_not_end_well_says_why(root, error, status):
     assert "ablab.status" not in logged.data.tags
 
 
+BARE = "from ablation_lab.tracking import mirror; import mlflow.telemetry as t; print(t.get_telemetry_client())"
+
+
+def test_mlflows_telemetry_is_off_in_a_users_own_shell(tmp_path):
+    environment = [f"PATH={os.environ['PATH']}", f"HOME={tmp_path}", f"PYTHONPATH={ROOT / 'src'}"]
+    assert passed(run(tmp_path, "env", "-i", *environment, sys.executable, "-c", BARE)) == "None\n"
+
+
 NAMELESS = """
 import os
 from ablation_lab.tracking import live
