@@ -454,6 +454,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_after_ten_seconds(p
                 done = track.get(60)
         waited = time.monotonic() - started
     assert done.returncode == 1 and f"error: {address}: Expected MLflow's store. Found: " in done.stderr
+    assert "give it longer (MLFLOW_HTTP_REQUEST_TIMEOUT, in seconds). Call `ablab sync`" in done.stderr
     assert "Traceback" not in done.stderr
     assert 9 < waited < 20  # with the end of a process of Python's
 

@@ -188,6 +188,8 @@ REMEDIES = {
     "not a database|malformed": "Put a copy of the file back, or move it away: it is made again from DVC's files. ",
     "disk is full|No space left|quota": "Remove files, or move the project to a larger disk. ",
     "readonly|[Rr]ead-only|unable to open|[Pp]ermission": "Make its folder writable (mount options, permissions). ",
+    "ReadTimeout|Read timed out": "The server accepts connections and does not answer: see its log, or give it longer "
+    "(MLFLOW_HTTP_REQUEST_TIMEOUT, in seconds). ",
     "refused|timed out|Max retries": "Start the server, or see what MLFLOW_TRACKING_URI names. ",
 }
 
