@@ -1,9 +1,9 @@
 """The set-up of docs/team.md with its real servers: PostgreSQL, S3-compatible storage, MLflow's tracking server."""
 
 import copy
-import getpass
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -91,8 +91,8 @@ def team(tmp_path_factory) -> Iterator[dict[str, str]]:
     as_user: list[str] = []
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
         as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for folder in (place, *place.parents[:3]):
-            folder.chmod(0o755)
+        for folder in (place, *place.parents[:2]):
+            folder.chmod(folder.stat().st_mode | 0o055)
     database, objects = place / "database", place / "objects"
     database.mkdir()
     for bucket in ("mlflow", "dvc"):
@@ -156,7 +156,9 @@ def test_what_one_has_trained_another_pulls_and_sees(team: dict[str, str], tmp_p
     assert passed(run(second, "git", "status", "--short")) == ""
     agree(second, client=client)
     logged = in_mlflow(second, client=client)
-    assert {one.data.tags["mlflow.user"] for one in logged.values()} == {getpass.getuser()} and len(logged) == 4
+    assert {one.data.tags["mlflow.user"] for one in logged.values()} == {pwd.getpwuid(os.getuid()).pw_name} and len(
+        logged
+    ) == 4
     assert "Data and pipelines are up to date." in shell(second, "dvc repro")
     script = "import numpy; from PIL import Image; Image.fromarray(numpy.zeros((8, 8), 'uint8')).save('one.png')"
     passed(run(second, "python", "-c", script))
