@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from test_killed import content
 
 from ablation_lab import parallel
-from ablation_lab.dvc_command import due
+from ablation_lab.dvc_command import due, put_in_order
 from ablation_lab.jobs import Job
 
 BROKEN = """
@@ -83,6 +83,17 @@ def test_side_by_side_is_what_dvc_makes(both):
     assert lines[0] == lines[1] and lines[0].count("\n") > 300
     assert "Data and pipelines are up to date." in passed(run(both[1], "dvc", "repro"))
     assert not list((both[1] / "resume").glob("*/"))
+
+
+def test_stages_that_are_new_in_dvc_lock_come_in_the_order_of_dvc_yaml(project: Path):
+    def locked(*names: str) -> str:
+        return "schema: '2.0'\nstages:\n" + "".join(f"  {name}:\n    cmd: {name}\n" for name in names)
+
+    old, new = ("report", "train@baseline-1"), ("train@no_dropout-0", "evaluate", "train@baseline-0", "plan")
+    (project / "dvc.lock").write_text(locked(*old, *new))
+    put_in_order(project, list(old))
+    ordered = ("plan", "train@baseline-0", "train@no_dropout-0", "evaluate")
+    assert (project / "dvc.lock").read_text() == locked(*old, *ordered)
 
 
 @pytest.mark.slow
