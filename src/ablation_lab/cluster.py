@@ -8,12 +8,15 @@ a node that is lost is given to another one, and goes on from its last state.
 import hashlib
 import io
 import os
+import secrets
 import shutil
 import socket
+import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from ablation_lab.tracking import live
 SENT = ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", "stages", "src/ablation_lab", "networks", "weights")
 NEEDED = ("data/processed", "plan")
 REACHED = 10  # seconds for a cluster's first answer
+LOGS = 60  # seconds for the nodes to send the logs of failed cells
 TRIES = 3  # more, of a cell whose node or process is lost; its own errors end it at once
 
 
@@ -43,7 +47,7 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
     Raises:
         LabError: without Ray, when another call is at work, or when the cluster can't be reached.
     """
-    ray = _ray()
+    ray = _ray(address)
     (root / resume.FOLDER).mkdir(exist_ok=True)
     try:
         lock = FileLock(root / resume.FOLDER / "ray.lock").acquire(timeout=0)
@@ -60,35 +64,34 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
 
 @contextmanager
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # nobody else on this machine may use a cluster of ours
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
     here = {} if address else {"include_dashboard": False}
     try:
         if address:
+            _check_mode()
             _knock(address)
         ray.init(address=address or "local", **quiet, **here)
-    except ray.exceptions.AuthenticationError:
-        raise LabError(
-            "--address: Expected the cluster's token in ~/.ray/auth_token (`ray get-auth-token --generate` makes it on "
-            f"the machine that starts the cluster). Found: none, or another one than that of {address}."
-        ) from None
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        found = str(error).strip().partition("\n")[0]
-        raise LabError(
-            f"--address: Expected the address of a running Ray cluster with this Python and Ray {ray.__version__}, "
-            f"such as `ray start --head` tells. Found: {address or 'none'} ({found})."
-        ) from None
+        raise LabError(_not_connected(ray, address, error)) from None
 
+    node_id = ray.get_runtime_context().get_node_id()
     try:
         yield
     finally:
+        ray.shutdown(wait_for_processes=True)  # those of a cluster of the call's own; others go on
         if not address:
-            shutil.rmtree(node.nodes() / ray.get_runtime_context().get_node_id(), ignore_errors=True)
-        ray.shutdown()
+            shutil.rmtree(node.nodes() / node_id, ignore_errors=True)
 
 
-def _ray() -> Any:
+def _ray(address: str | None) -> Any:
+    # Ray reads these variables when it is imported, and the processes that it starts inherit them.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds until a refused token is reported, not 20
+    else:
+        # A token of this call, in no file: no other user of this machine can use the cluster.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
     except ImportError:
@@ -97,6 +100,52 @@ def _ray() -> Any:
             "`make setup` does, or `pip install 'ablation-lab[ray]'`."
         ) from None
     return ray
+
+
+def _not_connected(ray: Any, address: str | None, error: Exception) -> str:
+    """The message about a cluster that can't be started, or reached."""
+    found = str(error).strip().partition("\n")[0]
+    if not address:
+        place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
+        return (
+            f"--engine ray: Expected Ray to start on this machine. Found: {found}. Its logs are in {place}. "
+            "`ablab repro` without --engine ray trains cells side by side without Ray."
+        )
+    # Ray raises a refused token as a connection that fails, with the cause in its text.
+    if isinstance(error, ray.exceptions.AuthenticationError) or "AuthenticationError" in str(error.__cause__):
+        host = address.removeprefix("ray://").rpartition(":")[0] or "HEAD"
+        return (
+            f"--address: Expected the token of the cluster at {address}. Found: {_token()}. Copy it from the machine "
+            f"on which `ray get-auth-token --generate` made it (`scp -p {host}:.ray/auth_token ~/.ray/`, mode 600). "
+            "Ray reads RAY_AUTH_TOKEN first, then the file that RAY_AUTH_TOKEN_PATH names, then ~/.ray/auth_token."
+        )
+    return (
+        f"--address: Expected the address of a running Ray cluster with this Python and Ray {ray.__version__}, "
+        f"such as `ray start --head` prints. Found: {address} ({found})."
+    )
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _token() -> str:
+    """Which token Ray has sent to a cluster that refused it."""
+    mode, file = os.environ["RAY_AUTH_MODE"], _token_file()
+    if mode.lower() != "token":
+        return f"none, since RAY_AUTH_MODE is {mode}"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "another token in the variable RAY_AUTH_TOKEN"
+    if file.is_file() and file.stat().st_size:
+        return f"another token in {file}"
+    return f"none in {file}, and no variable RAY_AUTH_TOKEN"
+
+
+def _check_mode() -> None:
+    file = _token_file()
+    if not os.environ.get("RAY_AUTH_TOKEN") and file.is_file() and (mode := file.stat().st_mode & 0o777) & 0o077:
+        expected = f"warning: {file}: Expected mode 600, as whoever reads this token can use the cluster."
+        print(f"{expected} Found: {mode:o}. `chmod 600 {file}`", file=sys.stderr)
 
 
 def _knock(address: str) -> None:
@@ -150,6 +199,7 @@ def _side_by_side(waiting: list[Job], at_a_time: int | None, root: Path, address
             for one in running:
                 ray.cancel(one, force=True)
             (Path(sent["cache"]) / node.SHARED / sent["project"] / sent["proof"]).unlink(missing_ok=True)
+    _bring_logs(root, sent, [job for job in waiting if job.failure])
     good = [job.stage_name for job in waiting if not job.failure]
     if not good:
         return
@@ -171,12 +221,19 @@ def _call(root: Path, *command: str) -> None:
 def _all_see(sent: dict[str, Any]) -> bool:
     """Whether each node has the head's cache."""
     import ray
+
+    asked = _on_each_node(node.sees)
+    return all(ray.get([one.remote(sent["cache"], sent["project"], sent["proof"]) for one in asked]))
+
+
+def _on_each_node(function: Callable[..., Any]) -> list[Any]:
+    """A function as a task of each node."""
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0)(node.sees)
+    task = ray.remote(num_cpus=0)(function)
     places = [one["NodeID"] for one in ray.nodes() if one["Alive"]]
-    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one, soft=True)) for one in places]
-    return all(ray.get([one.remote(sent["cache"], sent["project"], sent["proof"]) for one in asked]))
+    return [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one, soft=True)) for one in places]
 
 
 def _too_large(needs: Mapping[str, float]) -> str:
@@ -210,6 +267,28 @@ def _take(job: Job, done: Any) -> None:
         job.failure = f"lost with its process or node, {TRIES + 1} times: {str(error).strip().splitlines()[-1]}"
         return
     job.seconds, job.failure = result["seconds"], result["failure"]
+
+
+def _bring_logs(root: Path, sent: dict[str, Any], failed: list[Job]) -> None:
+    """Write what failed cells have printed to `resume/<cell>.log` on the head, and name that file in their failures."""
+    import ray
+
+    if not failed:
+        return
+    names = [job.name for job in failed]
+    asked = [one.remote(sent["cache"], sent["project"], names) for one in _on_each_node(node.logs)]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=LOGS)
+    found: dict[str, tuple[float, bytes]] = {}
+    for one in ready:
+        with suppress(ray.exceptions.RayError):  # a node that is lost
+            for name, (age, log) in ray.get(one).items():
+                found[name] = min(found.get(name, (age, log)), (age, log))
+    for job in failed:
+        age, log = found.get(job.name, (float("inf"), b""))
+        if age < time.monotonic() - job.started:  # else an earlier call's
+            file = root / resume.FOLDER / f"{job.name}.log"
+            file.write_bytes(log)
+            job.failure += f"\nIts log: {file}"
 
 
 def _room(waiting: list[Job], gpus: float) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 SHARED = "ablation-lab"  # the folder in a shared cache where nodes keep the states of trainings, a project each
 VERSIONS = ("ablab.tensorflow", "ablab.keras", "ablab.numpy")
 TRIES = 3  # of sending a cell to a remote
+LOG = 1_000_000  # bytes of a log's end that the head is given
+# What stores say of a key that is missing, wrong or not allowed to do this.
+KEYS = re.compile(r"credential|access.?(key|denied)|signature|forbidden|unauthorized|authenticat|\b40[13]\b", re.I)
 FORGOTTEN = 30 * 24 * 3600  # seconds after which a work folder that nobody has used goes
 
 
@@ -49,6 +53,20 @@ def sees(cache: str, project: str, proof: str) -> bool:
     return (Path(cache) / SHARED / project / proof).exists()
 
 
+def logs(cache: str, project: str, names: list[str]) -> dict[str, tuple[float, bytes]]:
+    """How old this node's logs of cells are, in seconds, and how they end."""
+    import ray
+
+    found = {}
+    here = nodes() / ray.get_runtime_context().get_node_id() / project
+    for name in names:
+        for folder in (Path(cache) / SHARED / project, here):
+            log = folder / "resume" / f"{name}.log"
+            if log.is_file():
+                found[name] = (time.time() - log.stat().st_mtime, log.read_bytes()[-LOG:])
+    return found
+
+
 def work(sent: dict[str, Any], job: dict[str, Any], board: Any) -> dict[str, Any]:
     """Train a cell, unless it is done, and put it into DVC's cache.
 
@@ -64,13 +82,13 @@ def work(sent: dict[str, Any], job: dict[str, Any], board: Any) -> dict[str, Any
     try:
         folder = _folder(sent)
         shared = _is_shared(sent)
-        _set_up(folder, sent, shared)
-        with _logged(folder / "resume" / f"{job['name']}.log"):
+        with _logged(_resume(folder, sent, shared) / f"{job['name']}.log"):
+            _set_up(folder, sent, shared)
             _train(folder, sent, job, board)
-        if not shared:
-            _send(folder, job["stage_name"])
+            if not shared:
+                _send(folder, job["stage_name"])
     except Exception as error:
-        failure = _told(error)
+        failure = _told(error, sent)
     return {"seconds": time.monotonic() - started, "failure": failure}
 
 
@@ -91,13 +109,20 @@ class Refused(Exception):
     """Something that the user can put right."""
 
 
-def _told(error: Exception) -> str:
+def _told(error: Exception, sent: dict[str, Any]) -> str:
     known = sys.modules.get("ablation_lab.errors")
     if isinstance(error, Refused) or (known and isinstance(error, known.LabError)):
         text = str(error)
     else:
         text = (known and known.explanation(error)) or f"{type(error).__name__}: {error}"
-    return f"{text} (on {socket.gethostname()})"
+    where = ""
+    if isinstance(error, Refused) and KEYS.search(text) and (remote := sent["config"]["core"].get("remote")):
+        where = (
+            f"\nThe keys of the remote {remote} belong in the environment of `ray start` on each node, or on the head "
+            f"in DVC's local configuration (`dvc remote modify --local {remote} …`), which is sent to the nodes. "
+            "See docs/parallel.md."
+        )
+    return f"{text} (on {socket.gethostname()}){where}"
 
 
 def nodes() -> Path:
@@ -128,11 +153,27 @@ def _is_shared(sent: dict[str, Any]) -> bool:
     return shared
 
 
+def _resume(folder: Path, sent: dict[str, Any], shared: bool) -> Path:
+    """Where the states and logs of trainings lie: in a shared cache, where another node goes on from them when this one
+    is lost, else in the work folder."""
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = folder / "resume"
+    with FileLock(f"{folder}.lock"):
+        if shared:
+            _link(found, Path(sent["cache"]) / SHARED / sent["project"] / "resume")
+        else:
+            if found.is_symlink():
+                found.unlink()
+            found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def _set_up(folder: Path, sent: dict[str, Any], shared: bool) -> None:
     """Make the work folder the head's project, with the data that cells need."""
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.parent.glob("*/"):
         if time.time() - old.stat().st_mtime > FORGOTTEN:
             shutil.rmtree(old, ignore_errors=True)
@@ -141,13 +182,6 @@ def _set_up(folder: Path, sent: dict[str, Any], shared: bool) -> None:
     stated = [sent["digest"], sent["needs"], sent["config"], sent["cache"], shared]
     wanted = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
     with FileLock(f"{folder}.lock"):
-        if shared:
-            # States of trainings lie in the cache's folder: when a node is lost, another one goes on.
-            _link(folder / "resume", Path(sent["cache"]) / SHARED / sent["project"] / "resume")
-        else:
-            if (folder / "resume").is_symlink():
-                (folder / "resume").unlink()
-            (folder / "resume").mkdir(parents=True, exist_ok=True)
         if there.exists() and there.read_text() == wanted:
             return
         there.unlink(missing_ok=True)
