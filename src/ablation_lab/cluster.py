@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from ablation_lab import cell, files, node, resume
@@ -33,7 +34,7 @@ SENT = ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", "stages", "src/abla
 NEEDED = ("data/processed", "plan")
 REACHED = 10  # seconds for a cluster's first answer
 LOGS = 60  # seconds for the nodes to send the logs of failed cells
-TRIES = 3  # more, of a cell whose node or process is lost; its own errors end it at once
+TRIES = 3  # more, of a cell whose node or process is lost (its own errors end it at once), and of ending processes
 
 
 @contextmanager
@@ -66,21 +67,39 @@ def engine(root: Path, code: dict[str, str], address: str | None) -> Iterator[En
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "ablation-lab"}
     here = {} if address else {"include_dashboard": False}
+    token, node_id = "" if address else os.environ["RAY_AUTH_TOKEN"], ""
     try:
-        if address:
-            _check_mode()
-            _knock(address)
-        ray.init(address=address or "local", **quiet, **here)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise LabError(_not_connected(ray, address, error)) from None
-
-    node_id = ray.get_runtime_context().get_node_id()
-    try:
+        try:
+            if address:
+                _check_mode()
+                _knock(address)
+            ray.init(address=address or "local", **quiet, **here)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise LabError(_not_connected(ray, address, error)) from None
+        node_id = ray.get_runtime_context().get_node_id()
+        if token:
+            del os.environ["RAY_AUTH_TOKEN"]  # Ray keeps it; DVC and its stages don't get it
         yield
     finally:
-        ray.shutdown(wait_for_processes=True)  # those of a cluster of the call's own; others go on
-        if not address:
+        ray.shutdown(wait_for_processes=True)
+        if token:
+            _end(token)
+        if token and node_id:
             shutil.rmtree(node.nodes() / node_id, ignore_errors=True)
+
+
+def _end(token: str) -> None:
+    """End what is left of a cluster of the call's own: Ray leaves processes when it is interrupted while it starts."""
+    for _ in range(TRIES):  # one that is ended may have started another
+        left = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("RAY_AUTH_TOKEN") == token:
+                    process.kill()
+                    left.append(process)
+        if not left:
+            return
+        psutil.wait_procs(left, timeout=REACHED)
 
 
 def _ray(address: str | None) -> Any:
