@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, agree, new_project, passed, run, write_params
+from conftest import ROOT, TINY, agree, environment, new_project, passed, run, write_params
 from namespaces import hidden
 from test_killed import content, states
 from test_parallel import phases
@@ -40,11 +40,11 @@ def documented(command: str, **values: str) -> list[str]:
     return line.split()
 
 
-def bare(home: Path, **more: str) -> dict[str, str]:
-    """The environment of a user's shell after a login, with the project's `.venv/bin` in its `PATH`."""
+def bare(home: Path) -> dict[str, str]:
+    """The environment of a user's shell on a machine that has the packages, and not the project."""
     home.mkdir(parents=True, exist_ok=True)
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    return {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8"} | more
+    return {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8"}
 
 
 def processes(home: Path) -> dict[int, str]:
@@ -134,16 +134,16 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def call(project: Path, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """`ablab repro --engine ray` in a bare shell. The code is the project's own, as after `make setup` in a clone."""
+    """`ablab repro --engine ray` in a bare shell, with the home of a user."""
     command = ["ablab", "repro", "--engine", "ray", *arguments]
-    clean = bare(home, PYTHONPATH=str(project / "src")) | more
+    clean = environment(project) | {"HOME": str(home)} | more
     return subprocess.run(command, cwd=project, env=clean, capture_output=True, text=True, check=False, timeout=900)
 
 
 def started(project: Path, home: Path, told: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """The same, going on beside the test, in a process group of its own."""
     command = ["ablab", "repro", "--engine", "ray", *arguments]
-    clean = bare(home, PYTHONPATH=str(project / "src"))
+    clean = environment(project) | {"HOME": str(home)}
     with told.open("w") as out:
         return subprocess.Popen(command, cwd=project, env=clean, stderr=out, stdout=out, start_new_session=True)
 
