@@ -42,7 +42,20 @@ KEPT = "What was finished is kept, and the same command goes on from there."
 
 
 class LabError(Exception):
-    """Something the user can put right. The message says what was expected, what was found, where, and what to do."""
+    """Something the user can put right. The message says what was expected, what was found, where, and what to do.
+
+    Args:
+        text: the message, without the place.
+        place: the keys of the setting that is wrong, such as `("train", "optimizer", "momentum")`, with the defaults
+            that layers inherit pushed down into them. `params.Params.located` finds the line that the user wrote.
+    """
+
+    def __init__(self, text: str, place: tuple[str, ...] = ()):
+        super().__init__(text, place)
+        self.text, self.place = text, place
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.place)}: {self.text}" if self.place else self.text
 
 
 @contextmanager

@@ -445,7 +445,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Params:
-    """A valid study. `variants` is in the order of the file, which `file` names in messages.
+    """A valid study. `variants` is in the order of the file, which `file` names in messages; `text` is what it holds.
 
     `second` holds the second phase, if there is one: for each variant that may be selected, what its variants are then.
     """
@@ -456,6 +456,7 @@ class Params:
     variants: dict[str, Variant]
     second: dict[str, dict[str, Variant]]
     file: str = "params.yaml"
+    text: str = ""
 
     @property
     def baseline(self) -> Variant:
@@ -473,6 +474,28 @@ class Params:
     def with_second(self, selected: str) -> "Params":
         """Both phases as one study, once a variant of the first is selected."""
         return replace(self, variants=self.variants | self.second[selected])
+
+    def located(self, error: LabError, name: str, selected: str | None = None) -> str | None:
+        """The message of a mistake in a variant's settings, with the line and the key that the user wrote.
+
+        A setting comes from the variant's patch, in phase two from the patch of the `selected` variant, or from the
+        base; a block or a dense layer may have it from `model`.
+
+        Returns:
+            None where the text has no such key.
+        """
+        patches: list[tuple] = [("finetune", "variants", name), ("variants", selected)] if selected else []
+        patches = patches or [("variants", name)]
+        for place in [error.place, _inherited_from(error.place)]:
+            for patch in [*patches, ()] if place else ():
+                whole = (*patch, *place)
+                if self._lines.has(whole):
+                    return f"{self.file}, line {self._lines.of(whole)}: {dotted(whole)}: {error.text}"
+        return None
+
+    @cached_property
+    def _lines(self) -> study_file.Lines:
+        return study_file.find_lines(self.text)
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
@@ -553,7 +576,7 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     if cells > MOST_CELLS:
         problems.add(("seeds",), f"at most {MOST_CELLS:,} cells of a phase, a variant with a seed each", cells)
     problems.raise_if_any()
-    return Params(whole.study, whole.data, whole.seeds, variants, second, file)
+    return Params(whole.study, whole.data, whole.seeds, variants, second, file, text)
 
 
 def _candidates(whole: File, problems: "_Problems") -> list[str]:
@@ -624,12 +647,18 @@ def _differences(left: Any, right: Any, path: tuple[str, ...]) -> Iterator[dict[
 
 def _inherited(settings: dict[str, Any], path: str) -> Any:
     """What a layer takes from `model` where it sets nothing itself."""
-    match path.split("."):
-        case ["model", "blocks", _, key]:
-            return settings["model"].get(key)
-        case ["model", "head", _, key]:
-            return settings["model"].get(f"head_{key}" if key in ("dropout", "units") else key)
-    return None
+    place = _inherited_from(tuple(path.split(".")))
+    return settings["model"].get(place[-1]) if place else None
+
+
+def _inherited_from(place: tuple) -> tuple:
+    """The place below `model` that a layer takes a setting from where it sets none itself; empty where there is none."""
+    match place:
+        case ("model", "blocks", _, key):
+            return "model", key
+        case ("model", "head", _, key):
+            return "model", f"head_{key}" if key in ("dropout", "units") else key
+    return ()
 
 
 def _variant(

@@ -41,12 +41,14 @@ def check_names(study: Params, classes: list[str]) -> None:
     Raises:
         LabError: naming the variant and the class.
     """
-    second = (variant for variants in study.second.values() for variant in variants.values())
-    for variant in [*study.variants.values(), *second]:
+    first = [(None, variant) for variant in study.variants.values()]
+    second = [(name, variant) for name, variants in study.second.items() for variant in variants.values()]
+    for selected, variant in [*first, *second]:
         try:
             optimization.class_weights(variant.train.class_weights, classes, np.zeros(0, np.int64))
         except LabError as error:
-            raise LabError(f"{study.file}: variants.{variant.name}: {error}") from None
+            told = study.located(error, variant.name, selected)
+            raise LabError(told or f"{study.file}: variants.{variant.name}: {error}") from None
 
 
 def describe(
@@ -101,6 +103,7 @@ class _Describer:
         found: dict[str, Facts] = {}
         fingerprints: dict[str, str] = {}
         problems: dict[str, list[str]] = {}
+        located: dict[str, None] = {}
         start = _shapes(self._network(selected[0])) if selected else None
         for name, variant in variants.items():
             try:
@@ -112,11 +115,15 @@ class _Describer:
                     )
                 found[name] = self._facts(name, variant, network, fingerprints, selected)
             except LabError as error:
-                problems.setdefault(str(error), []).append(name)
-        if problems:
+                if told := self.study.located(error, name, selected[0].name if selected else None):
+                    located[told] = None
+                else:
+                    problems.setdefault(str(error), []).append(name)
+        if problems or located:
             # What is wrong in the base is wrong in every variant, and said once.
             file = self.study.file
-            told = [f"{file}: {where}.{', '.join(names)}: {text}" for text, names in problems.items()]
+            told = [*located]
+            told += [f"{file}: {where}.{', '.join(names)}: {text}" for text, names in problems.items()]
             raise LabError("\n       ".join(told))
         return found
 

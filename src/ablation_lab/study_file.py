@@ -63,13 +63,23 @@ class Lines:
 
     def of(self, place: tuple) -> int | None:
         """The line of a place's key, of the last one on the way to it that is there."""
-        node, line = self.root, None
+        found = self._on_the_way(place)
+        return found[-1] if found else None
+
+    def has(self, place: tuple) -> bool:
+        """Whether the whole place is in the text."""
+        return len(self._on_the_way(place)) == len(place)
+
+    def _on_the_way(self, place: tuple) -> list[int]:
+        """The lines of a place's keys, as far as they are there."""
+        node, lines = self.root, []
         for key in place:
             found = _inside(node, key) if node is not None else None
             if found is None:
                 break
             line, node = found
-        return line
+            lines.append(line)
+        return lines
 
 
 def dotted(place: tuple) -> str:

@@ -20,7 +20,8 @@ def _block(model: dict[str, Any], block: dict[str, Any], x: Any) -> Any:
     for number in range(1, block["convolutions"] + 1):
         x = apply(_convolution(model, block, f"{name}_conv{number}"), x)
         x = normalize(block["normalization"], x, f"{name}_norm{number}")
-        x = apply(keras.layers.Activation(activation(block["activation"]), name=f"{name}_activation{number}"), x)
+        act = activation(block["activation"], ("model", "blocks", name, "activation"))
+        x = apply(keras.layers.Activation(act, name=f"{name}_activation{number}"), x)
     if block["pool"] > 1:
         x = apply(POOLS[block["pool_type"]](block["pool"], name=f"{name}_pool"), x)
     return drop(block["dropout"], x, f"{name}_dropout")

@@ -2,9 +2,12 @@
 
 import difflib
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ablation_lab.backend import keras
+from keras.src.initializers.random_initializers import RandomInitializer
+
+from ablation_lab.backend import keras, tf
 from ablation_lab.errors import LabError
 
 # Names of what every network begins with: the raw picture, and what scales it.
@@ -45,26 +48,62 @@ def _does_not_fit(layer: keras.layers.Layer, x: Any, why: str) -> str:
 
 def initializer(name: str) -> str:
     """Check a Keras initializer's name."""
-    return _known(name, keras.initializers.get, keras.initializers, "model.initializer", "a Keras initializer")
+    fit = "fills a kernel without arguments"
+    return _known(name, _initializer, keras.initializers, ("model", "initializer"), "a Keras initializer", fit)
 
 
-def activation(name: str) -> str:
-    """Check a Keras activation's name."""
-    return _known(name, keras.activations.get, keras.activations, "model.activation", "a Keras activation")
+def activation(name: str, place: tuple[str, ...] = ("model", "activation")) -> str:
+    """Check a Keras activation's name; `place` is the setting's in the study."""
+    fit = "keeps the shape and needs no arguments"
+    return _known(name, _activation, keras.activations, place, "a Keras activation", fit)
 
 
-def _known(name: str, get: Any, module: Any, where: str, kind: str) -> str:
+def _known(
+    name: str, check: Callable[[str], None], module: Any, place: tuple[str, ...], kind: str, fit: str
+) -> str:
     try:
-        get(name)
-    except (ValueError, TypeError, KeyError, NotImplementedError):
-        names = [one for one in dir(module) if not one.startswith("_") and one[0].islower() and one not in OTHERS]
-        near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(names)}."
-        raise NetworkError(f"{where}: Expected {kind}. Found: {name}.{hint}") from None
+        check(name)
+    except UNFIT:
+        functions = [one for one in dir(module) if one[0].islower() and one not in OTHERS]
+        expected = f"{kind} that {fit}" if hasattr(module, name) else kind
+        raise NetworkError(f"Expected {expected}. Found: {name}.{nearest(name, functions, check)}", place) from None
     return name
 
 
+# What Keras raises for a name that it doesn't have, and for one that needs arguments.
+UNFIT = (ValueError, TypeError, KeyError, NotImplementedError, tf.errors.InvalidArgumentError)
 OTHERS = {"deserialize", "serialize", "get"}
+
+
+def _initializer(name: str) -> None:
+    found = keras.initializers.get(name)
+    if not isinstance(found, RandomInitializer):  # those fill any shape, and a draw would change what follows
+        found((2, 2))
+
+
+def _activation(name: str) -> None:
+    if keras.activations.get(name)(keras.ops.ones((1, 2))).shape != (1, 2):
+        raise ValueError(f"{name} changes the shape")
+
+
+def nearest(name: str, among: Iterable[str], check: Callable[[str], Any]) -> str:
+    """What a message says after a name that isn't valid: the valid name that is most like it, or all of them.
+
+    Args:
+        among: names, of which some may be refused as well.
+        check: raises for a name that is refused.
+    """
+    valid = [one for one in among if _passes(one, check)]
+    near = difflib.get_close_matches(name.lower(), valid, n=1)
+    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(valid))}."
+
+
+def _passes(name: str, check: Callable[[str], Any]) -> bool:
+    try:
+        check(name)
+    except UNFIT:
+        return False
+    return True
 
 
 def kernel(model: dict[str, Any], prefix: str = "kernel") -> dict[str, Any]:
@@ -106,6 +145,7 @@ def head(model: dict[str, Any], x: Any) -> Any:
         name = layer["name"]
         x = apply(keras.layers.Dense(layer["units"], name=name, **kernel(model | {"l2": model["head_l2"]})), x)
         x = normalize(layer["normalization"], x, f"{name}_norm")
-        x = apply(keras.layers.Activation(activation(layer["activation"]), name=f"{name}_activation"), x)
+        act = activation(layer["activation"], ("model", "head", name, "activation"))
+        x = apply(keras.layers.Activation(act, name=f"{name}_activation"), x)
         x = drop(layer["dropout"], x, f"{name}_dropout")
     return x
