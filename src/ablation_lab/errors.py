@@ -1,6 +1,7 @@
 """Errors that a user can act on, and how they end a command."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # What the operating system refuses: what was expected, and what the user can do.
 ROOM = ("room on the disk", "Remove files, or move the project to a larger disk")
@@ -38,6 +40,8 @@ SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
 )
 WRITING = "while writing "  # a note of `files.whole` on an error of the operating system's, with the folder
+# What YAML 1.1 reads as a truth value, and YAML 1.2 as a text.
+TRUTHS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 KEPT = "What was finished is kept, and the same command goes on from there."
 
 
@@ -56,6 +60,21 @@ class LabError(Exception):
 
     def __str__(self) -> str:
         return f"{'.'.join(self.place)}: {self.text}" if self.place else self.text
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message: on one line, not longer than `most`, control characters as escapes."""
+    try:
+        text = json.dumps(value, default=str, skipkeys=True)
+    except (ValueError, RecursionError):  # a mapping that contains itself
+        text = json.dumps(type(value).__name__)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def truth_hint(value: Any) -> str:
+    """What a message adds where a text of YAML 1.1's truth values is given."""
+    meant = TRUTHS.get(value.lower()) if isinstance(value, str) else None
+    return f" Write {meant}: in YAML 1.2, {value} is a text." if meant else ""
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ablation_lab import arguments
+from ablation_lab.arguments import Check
 from ablation_lab.backend import keras, tf
-from ablation_lab.errors import LabError
-from ablation_lab.models.layers import reason
+from ablation_lab.errors import LabError, shown
+from ablation_lab.models.layers import nearest, reason
 
 
 def optimizer(
@@ -24,22 +26,30 @@ def optimizer(
     Raises:
         LabError: for a name or an argument that Keras doesn't know.
     """
-    arguments = {key: value for key, value in settings.items() if key != "name"}
-    rate = arguments.get("learning_rate")
+    given = {key: value for key, value in settings.items() if key != "name"}
+    rate = given.get("learning_rate")
     if isinstance(rate, dict):
         schedule = {key: value for key, value in rate.items() if key != "name"}
-        where = "train.optimizer.learning_rate"
-        kind = _find(rate["name"], vars(keras.optimizers.schedules), SCHEDULE, where, "schedule")
-        arguments["learning_rate"] = _construct(kind, schedule, where)
-    kind = _find(settings["name"], vars(keras.optimizers), keras.optimizers.Optimizer, "train.optimizer", "optimizer")
+        where = (*OPTIMIZER, "learning_rate")
+        kind = _find(rate["name"], SCHEDULES, where, "schedule")
+        given["learning_rate"] = _construct(kind, schedule, where, arguments.OF_SCHEDULES)
+        _check_schedule(schedule, where)
+    kind = _find(settings["name"], OPTIMIZERS, OPTIMIZER, "optimizer")
     kind = Adam if kind is keras.optimizers.Adam else kind
     scaled = precision == "mixed_float16"
     if distributed:
         kind = type(kind.__name__, (Summed, kind) if scaled else (Summing, Summed, kind), {})
-    found = _construct(kind, arguments, "train.optimizer")
+    found = _construct(kind, given, OPTIMIZER, arguments.OF_OPTIMIZERS)
+    _check_optimizer(found, given)
     if not scaled:
         return found
     return (SummingLossScale if distributed else keras.optimizers.LossScaleOptimizer)(found)
+
+
+def averages(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The moving averages of the trained weights, in their order; none without `use_ema`."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner._model_variables_moving_average if inner.use_ema else []
 
 
 class Adam(keras.optimizers.Adam):
@@ -96,39 +106,78 @@ class SummingLossScale(Summing, keras.optimizers.LossScaleOptimizer):
     """Keras' loss scaling, for several devices."""
 
 
-SCHEDULE = keras.optimizers.schedules.LearningRateSchedule
+OPTIMIZER = ("train", "optimizer")
 
 
-def _find(name: str, among: Mapping[str, Any], base: type, where: str, what: str) -> type:
-    known = {key.lower(): one for key, one in among.items() if _is_concrete(one, base)}
-    if name.lower() not in known:
-        raise LabError(f"{where}.name: Expected a Keras {what}. Found: {name}.{_nearest(name, list(known))}")
-    return known[name.lower()]
+def _named(module: Any, base: type, without: Sequence[str] = ()) -> dict[str, type]:
+    """The concrete classes of a module of Keras' that a study may name, by their names in lower case."""
+    return {name.lower(): one for name, one in vars(module).items() if name not in without and _is_concrete(one, base)}
 
 
 def _is_concrete(one: Any, kind: type) -> bool:
     return inspect.isclass(one) and issubclass(one, kind) and one is not kind
 
 
-def _construct(kind: type, arguments: dict[str, Any], where: str) -> Any:
+# Those that are left out take other optimizers.
+OPTIMIZERS = _named(keras.optimizers, keras.optimizers.Optimizer, ("LossScaleOptimizer", "MultiOptimizer"))
+SCHEDULES = _named(keras.optimizers.schedules, keras.optimizers.schedules.LearningRateSchedule)
+
+
+def _find(name: str, known: Mapping[str, type], place: tuple[str, ...], what: str) -> type:
+    if name.lower() not in known:
+        raise LabError(f"Expected a Keras {what}. Found: {name}.{_nearest(name, known)}", (*place, "name"))
+    return known[name.lower()]
+
+
+def _check_schedule(settings: dict[str, Any], place: tuple[str, ...]) -> None:
+    """Refuse what has no effect beside the other arguments of a schedule, or the opposite one."""
+    start, end = settings.get("initial_learning_rate", 0), settings.get("end_learning_rate")
+    steps, target = settings.get("warmup_steps"), settings.get("warmup_target")
+    if steps and target is None:
+        expected = "warmup_target beside it, the learning rate after warming up"
+        raise LabError(f"Expected {expected}. Found: warmup_steps alone, without effect.", (*place, "warmup_steps"))
+    if target is not None and not steps:
+        expected = "warmup_steps beside it, the number of batches until that rate"
+        raise LabError(f"Expected {expected}. Found: {target} alone.", (*place, "warmup_target"))
+    if "initial_learning_rate" in settings and not start and target is None:
+        expected = "a number greater than 0, as there is no warmup_target"
+        raise LabError(f"Expected {expected}. Found: {start}.", (*place, "initial_learning_rate"))
+    if end is not None and end > start:
+        expected = f"at most initial_learning_rate, {start}"
+        raise LabError(f"Expected {expected}. Found: {end}.", (*place, "end_learning_rate"))
+
+
+def _check_optimizer(found: keras.optimizers.Optimizer, settings: dict[str, Any]) -> None:
+    """Refuse what has no effect beside the other arguments of an optimizer."""
+    if settings.get("nesterov") and not getattr(found, "momentum", 1):
+        expected = "false, or a momentum, as Nesterov's method changes nothing without one"
+        raise LabError(f"Expected {expected}. Found: true.", (*OPTIMIZER, "nesterov"))
+    for name in ("ema_momentum", "ema_overwrite_frequency") if not found.use_ema else ():
+        if settings.get(name) is not None:
+            expected = f"use_ema: true beside it (a variant drops an inherited one with `{name}: null`)"
+            raise LabError(f"Expected {expected}. Found: {settings[name]}, without effect.", (*OPTIMIZER, name))
+
+
+def _construct(kind: type, settings: dict[str, Any], place: tuple[str, ...], table: Mapping[str, Check]) -> Any:
     parameters = inspect.signature(kind).parameters
     valid = [name for name in parameters if name not in ("name", "kwargs")]
-    for name in arguments:
+    for name in settings:
         if name not in valid:
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"A variant drops an inherited one with `{name}: null`."
-            raise LabError(f"{where}.{name}: Expected an argument of {kind.__name__}. Found: {name}. {hint}")
-        if isinstance(parameters[name].default, float) and type(arguments[name]) is int:
-            arguments[name] = float(arguments[name])  # Keras refuses `momentum: 0`
+            raise LabError(f"Expected an argument of {kind.__name__}. Found: {name}. {hint}", (*place, name))
+    arguments.check(kind, settings, place, table)
+    for name, value in settings.items():
+        if isinstance(parameters[name].default, float) and type(value) is int:
+            settings[name] = float(value)  # Keras refuses `momentum: 0`
     try:
-        return kind(**arguments)
+        return kind(**settings)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LabError(f"{where}: Expected arguments that {kind.__name__} takes. Found: {reason(error)}") from None
+        raise LabError(f"Expected arguments that {kind.__name__} takes. Found: {reason(error)}", place) from None
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return nearest(name, known, lambda one: None)
 
 
 def loss(settings: dict[str, Any], output: str = "softmax") -> keras.losses.Loss:
@@ -141,26 +190,42 @@ def loss(settings: dict[str, Any], output: str = "softmax") -> keras.losses.Loss
         LabError: for a name that Keras doesn't know, or label smoothing or logits that the loss doesn't take.
     """
     name, smoothing = settings["loss"], settings["label_smoothing"]
-    try:
-        found = keras.losses.get(name)  # a class's instance, or the function of the same name in snake case
-    except ValueError:
-        found = None
-    classes = {one.__name__.lower(): one for one in vars(keras.losses).values() if _is_concrete(one, keras.losses.Loss)}
-    kind = classes.get(getattr(found, "__name__", type(found).__name__).replace("_", "").lower())
+    kind = _loss(name)
     if kind is None:
-        functions = [one for one in vars(keras.losses).values() if inspect.isfunction(one)]
-        known = [one.__name__ for one in functions if one.__name__.replace("_", "") in classes]
-        raise LabError(f"train.loss: Expected a Keras loss. Found: {name}.{_nearest(name, known)}")
-    takes, arguments = inspect.signature(kind).parameters, {}
+        functions = [one.__name__ for one in vars(keras.losses).values() if inspect.isfunction(one)]
+        hint = nearest(name, functions, _use_loss)
+        raise LabError(f"Expected a Keras loss. Found: {name}.{hint}", ("train", "loss"))
+    takes, chosen = inspect.signature(kind).parameters, {}
     if smoothing:
         if "label_smoothing" not in takes:
-            raise LabError(f"train.label_smoothing: Expected 0, since {name} takes none. Found: {smoothing}.")
-        arguments["label_smoothing"] = smoothing
+            expected = f"Expected 0, since {name} takes none. Found: {smoothing}."
+            raise LabError(expected, ("train", "label_smoothing"))
+        chosen["label_smoothing"] = smoothing
     if output == "logits":
         if "from_logits" not in takes:
-            raise LabError(f"model.output: Expected softmax, since {name} takes no logits. Found: logits.")
-        arguments["from_logits"] = True
-    return kind(**arguments)
+            expected = f"Expected softmax, since {name} takes no logits. Found: logits."
+            raise LabError(expected, ("model", "output"))
+        chosen["from_logits"] = True
+    return kind(**chosen)
+
+
+def _loss(name: str) -> type[keras.losses.Loss] | None:
+    """The class of a loss that is named like Keras' class, or its function in snake case."""
+    try:
+        found = keras.losses.get(name)
+    except ValueError:
+        return None
+    classes = {one.__name__.lower(): one for one in vars(keras.losses).values() if _is_concrete(one, keras.losses.Loss)}
+    return classes.get(getattr(found, "__name__", type(found).__name__).replace("_", "").lower())
+
+
+def _use_loss(name: str) -> None:
+    """Use a loss as a study does, with the probabilities of two pictures and three classes."""
+    kind = _loss(name)
+    if kind is None:
+        raise ValueError(name)
+    labels = np.eye(3, dtype=np.float32)[:2] if label_form({"loss": name}) == "one_hot" else np.arange(2)
+    kind()(labels, np.full((2, 3), 1 / 3, np.float32))
 
 
 def label_form(settings: dict[str, Any], output: str = "softmax") -> str:
@@ -191,7 +256,7 @@ def class_weights(wanted: str | dict[str, float] | None, classes: list[str], lab
         if name not in classes:
             near = difflib.get_close_matches(name, classes, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Classes: {', '.join(classes)}."
-            raise LabError(f"train.class_weights: Expected names of classes. Found: {name}. {hint}")
+            raise LabError(f"Expected names of classes. Found: {name}. {hint}", ("train", "class_weights"))
     return {number: wanted.get(name, 1.0) for number, name in enumerate(classes)}
 
 
@@ -209,21 +274,67 @@ def augmentation(augment: dict[str, dict[str, Any]]) -> list[keras.layers.Layer]
     """Keras' augmentation layers by name, in the order given (a plan's are sorted); training alone uses them.
 
     Raises:
-        LabError: for a name or an argument that Keras doesn't know.
+        LabError: for a name or an argument that Keras doesn't know, or that has no effect.
     """
-    known = {name: one for name, one in vars(keras.layers).items() if name.startswith(("Random", "AutoContrast"))}
     layers = []
-    for name, arguments in augment.items():
-        if name not in known:
-            raise LabError(f"input.augment.{name}: Expected a Keras layer. Found: {name}.{_nearest(name, list(known))}")
-        valid = [one for one in inspect.signature(known[name]).parameters if one != "kwargs"]
-        for argument in arguments:
-            if argument not in [*valid, "name", "dtype"]:
-                where = f"input.augment.{name}.{argument}"
+    for name, settings in augment.items():
+        place = ("input", "augment", name)
+        if name not in AUGMENTATIONS:
+            expected = "a Keras layer of augmentation that keeps the pictures' size"
+            raise LabError(f"Expected {expected}. Found: {name}.{_nearest(name, AUGMENTATIONS)}", place)
+        kind = AUGMENTATIONS[name]
+        valid = [one for one in inspect.signature(kind).parameters if one not in IDLE]
+        for argument, value in settings.items():
+            if argument in IDLE:
+                raise LabError(f"Expected none, {IDLE[argument]}. Found: {shown(value)}.", (*place, argument))
+            if argument not in valid:
                 hint = _nearest(argument, valid)
-                raise LabError(f"{where}: Expected an argument of {name}. Found: {argument}.{hint}")
+                raise LabError(f"Expected an argument of {name}. Found: {argument}.{hint}", (*place, argument))
+        arguments.check(kind, settings, place, arguments.OF_AUGMENTATIONS)
+        # RandomPerspective and RandomErasing fill in any case, and have no such mode.
+        if "fill_value" in settings and "fill_mode" in valid and settings.get("fill_mode") != "constant":
+            expected = "fill_mode: constant beside it, as other modes fill with the picture's own values"
+            found = f"{shown(settings['fill_value'])}, without effect"
+            raise LabError(f"Expected {expected}. Found: {found}.", (*place, "fill_value"))
         try:
-            layers.append(known[name](**arguments))
+            layers.append(kind(**settings))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise LabError(f"input.augment.{name}: Expected arguments of {name}. Found: {reason(error)}") from None
+            raise LabError(f"Expected arguments of {name}. Found: {reason(error)}", place) from None
     return layers
+
+
+# RandomCrop changes the size of pictures, or nothing.
+AUGMENTATIONS = {
+    name: one
+    for name, one in vars(keras.layers).items()
+    if name.startswith(("Random", "AutoContrast")) and name != "RandomCrop"
+}
+
+# Arguments that change no picture, and why.
+IDLE = {
+    "seed": "as the cell's seed decides what is drawn",
+    "name": "as a name changes nothing",
+    "dtype": "as augmentation computes in float32",
+    "data_format": "as channels come last",
+    "kwargs": "as there is no such argument",
+}
+
+TRIED = 1024  # pictures, for layers that change few of them
+AT_ONCE = 2_000_000  # numbers in pictures, so that they take little memory
+
+
+def check_augmentation(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
+    """Use each layer on random pictures until it has changed one.
+
+    Raises:
+        LabError: for a layer that leaves all of them as they are, such as a rotation by 0.
+    """
+    height, width, channels = (min(size, 256) for size in image_shape)
+    number = max(2, min(TRIED, AT_ONCE // (height * width * channels)))
+    # Not the whole range, which there would be nothing to stretch to for a contrast.
+    pictures = np.random.default_rng(0).integers(50, 200, (number, height, width, channels)).astype(np.float32)
+    keras.utils.set_random_seed(0)
+    for name, layer in zip(augment, augmentation(augment), strict=True):
+        if all(np.array_equal(layer(pictures, training=True), pictures) for _ in range(1 + TRIED // number)):
+            expected = "arguments with which it changes pictures"
+            raise LabError(f"Expected {expected}. Found: {shown(augment[name])}.", ("input", "augment", name))

@@ -20,8 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import ErrorDetails
 
 from ablation_lab import study_file
-from ablation_lab.errors import LabError
-from ablation_lab.study_file import dotted, listed, shown
+from ablation_lab.errors import LabError, shown, truth_hint
+from ablation_lab.study_file import dotted, listed
 
 PATCHED = ("input", "model", "train")
 # Words that YAML 1.1 readers take for a boolean or nothing, so that a variant of this name would lose it somewhere.
@@ -544,6 +544,9 @@ def validate(raw: Any, file: str = "params.yaml", text: str = "") -> Params:
     if whole and isinstance(whole.data.split.test, float) and whole.data.split.validation + whole.data.split.test >= 1:
         expected = "validation + test below 1, so that something is left to train with"
         problems.add(("data", "split"), expected, raw["data"]["split"])
+    if whole and whole.data.path is not None and whole.data.dataset != "image_folder":
+        expected = f"null, as {whole.data.dataset} does not come from a path (image_folder does)"
+        problems.add(("data", "path"), expected, whole.data.path)
     if whole and whole.data.pictures and whole.data.dataset != "image_folder":
         expected = "nothing, since only an image_folder can hold others than are expected"
         problems.add(("data", "pictures"), expected, whole.data.pictures)
@@ -652,7 +655,7 @@ def _inherited(settings: dict[str, Any], path: str) -> Any:
 
 
 def _inherited_from(place: tuple) -> tuple:
-    """The place below `model` that a layer takes a setting from where it sets none itself; empty where there is none."""
+    """The place below `model` that a layer takes a setting from where it sets none itself, or nothing."""
     match place:
         case ("model", "blocks", _, key):
             return "model", key
@@ -728,6 +731,11 @@ def _sections(merged: dict, problems: "_Problems", place) -> tuple[Input, Networ
     if train is not None and train.reduce_lr and isinstance(train.optimizer.learning_rate, Schedule):
         expected = "no reduce_lr beside a schedule of the learning rate, or a learning rate that is a number"
         problems.add(place(("train", "reduce_lr")), expected, train.reduce_lr.model_dump())
+    if train is not None and train.reduce_lr and not isinstance(train.optimizer.learning_rate, Schedule):
+        rate = train.optimizer.learning_rate
+        if train.reduce_lr.min_lr >= rate:
+            expected = f"a value less than the learning rate, {rate}, which could not be reduced else"
+            problems.add(place(("train", "reduce_lr", "min_lr")), expected, train.reduce_lr.min_lr)
     if train is not None:
         _check_devices(train, place, problems)
     if getattr(network, "any_size", False) and getattr(network, "head_from", "") == "flatten":
@@ -880,10 +888,11 @@ class _Problems:
         self.lines: dict[str, None] = {}
         self.places: set[tuple] = set()
 
-    def add(self, loc: tuple, expected: str, found: Any, valid: list | None = None) -> None:
+    def add(self, loc: tuple, expected: str, found: Any, valid: list | None = None, truth: bool = False) -> None:
         known = {str(one).lower(): one for one in valid or []}
         near = difflib.get_close_matches(str(found)[:100].lower(), known, n=1, cutoff=0.5)
-        hint = f" Did you mean {dotted((known[near[0]],))}?" if near else ""
+        meant = known[near[0]] if near else found
+        hint = f" Did you mean {dotted((meant,))}?" if meant != found else truth_hint(found) if truth else ""
         where = f"{self.file}{self._line(loc)}: {dotted(loc)}"
         self.places.add(loc)
         self.lines[f"{where}: Expected {expected}. Found: {shown(found)}.{hint}"] = None
@@ -911,7 +920,8 @@ class _Problems:
         else:
             messages = [_expectation(detail["msg"]) for detail in details]
             options = re.findall(r"'([^']+)'", " ".join(messages))
-            self.add(where, " or ".join(dict.fromkeys(messages)), details[0]["input"], options)
+            truth = any(detail["type"] == "bool_type" for detail in details)
+            self.add(where, " or ".join(dict.fromkeys(messages)), details[0]["input"], options, truth)
 
     def raise_if_any(self) -> None:
         if self.lines:

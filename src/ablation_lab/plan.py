@@ -115,8 +115,8 @@ class _Describer:
                     )
                 found[name] = self._facts(name, variant, network, fingerprints, selected)
             except LabError as error:
-                if told := self.study.located(error, name, selected[0].name if selected else None):
-                    located[told] = None
+                if line := self.study.located(error, name, selected[0].name if selected else None):
+                    located[line] = None
                 else:
                     problems.setdefault(str(error), []).append(name)
         if problems or located:
@@ -598,12 +598,14 @@ def _build(
             if chosen["model"]["any_size"]:
                 models.build(chosen["model"], chosen["input"]["rescale"], image_shape, classes)
         elif "initializer" in model:
-            _check_initializer(network, model["initializer"])
+            with _told_of("model.initializer"):
+                _check_initializer(network, model["initializer"])
     train = chosen["train"]
     if train["xla"] is True:
         _check_xla(network)
     with _told_of("input.augment"):
         _once_a_study(_check_augmentations, chosen["input"]["augment"], image_shape)
+        _once_a_study(optimization.check_augmentation, chosen["input"]["augment"], image_shape)
     with _told_of("train.optimizer"):
         _once_a_study(_check_optimizer, train["optimizer"])
     with _told_of("train.loss"):
@@ -649,7 +651,7 @@ def _told_of(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {reason(error)}"
-        raise LabError(f"{place}: Expected settings that Keras takes. Found: {found}") from error
+        raise LabError(f"Expected settings that Keras takes. Found: {found}", tuple(place.split("."))) from error
 
 
 def _without_weights(

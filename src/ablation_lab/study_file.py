@@ -5,7 +5,6 @@ objects: none of that gets out of here.
 """
 
 import io
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from ablation_lab.errors import LabError
+from ablation_lab.errors import LabError, shown
 
 # The largest ready-made study has 4 KB, 150 values and 6 levels.
 MOST_BYTES = 2**18
@@ -85,15 +84,6 @@ class Lines:
 def dotted(place: tuple) -> str:
     """A place as messages have it; keys that would not show as they are stand in quotes."""
     return ".".join(_name(key) for key in place) or "the file"
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: on one line, not longer than `most`, control characters as escapes."""
-    try:
-        text = json.dumps(value, default=str, skipkeys=True)
-    except (ValueError, RecursionError):  # a mapping that contains itself
-        text = json.dumps(type(value).__name__)
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def listed(names: Iterable[Any], most: int = 40) -> str:

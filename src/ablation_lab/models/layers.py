@@ -58,9 +58,7 @@ def activation(name: str, place: tuple[str, ...] = ("model", "activation")) -> s
     return _known(name, _activation, keras.activations, place, "a Keras activation", fit)
 
 
-def _known(
-    name: str, check: Callable[[str], None], module: Any, place: tuple[str, ...], kind: str, fit: str
-) -> str:
+def _known(name: str, check: Callable[[str], None], module: Any, place: tuple[str, ...], kind: str, fit: str) -> str:
     try:
         check(name)
     except UNFIT:
