@@ -20,6 +20,12 @@ RESUMED = {
         "train": {"reduce_lr": {"patience": 1, "min_delta": 0.5}, "label_smoothing": 0.1, "batch_size": 7},
     },
     "averaged": {"train": {"optimizer": {"name": "adam", "use_ema": True, "ema_momentum": 0.9}, "keep": "last"}},
+    "averaged, the best": {
+        "train": {
+            "optimizer": {"name": "adam", "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 5},
+            "precision": "mixed_float16",
+        }
+    },
     "stops": {
         "train": {
             "early_stopping": {"patience": 1, "min_delta": 0.5},

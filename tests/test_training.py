@@ -91,6 +91,42 @@ training.train(json.loads(sys.argv[1]), 0, Path(sys.argv[2]), Path(sys.argv[3]),
     assert written["plain"] == written["set"]
 
 
+AVERAGED = {"name": "adam", "learning_rate": 0.01, "use_ema": True, "ema_momentum": 0.9}
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_averages_of_the_weights_are_what_is_validated_kept_and_scored(data, tmp_path, keep):
+    settings = {"epochs": 3, "keep": keep}
+    optimizers = {"plain": {"name": "adam", "learning_rate": 0.01}, "averaged": AVERAGED}
+    histories, networks = {}, {}
+    for name, optimizer in optimizers.items():
+        networks[name], result, _ = train(data, tmp_path / name, train=settings | {"optimizer": optimizer})
+        histories[name] = pd.read_csv(tmp_path / name / cell.HISTORY)
+    # What is trained is the same, and what comes of it is not.
+    assert histories["plain"]["loss"].equals(histories["averaged"]["loss"])
+    assert not histories["plain"]["val_loss"].equals(histories["averaged"]["val_loss"])
+    with np.load(tmp_path / "averaged" / cell.PREDICTIONS) as found:
+        chosen, labels = found["validation_probabilities"], found["validation_labels"]
+    row = histories["averaged"].iloc[result["best_epoch"] - 1]
+    assert result["best_epoch"] == (3 if keep == "last" else 1 + histories["averaged"]["val_accuracy"].argmax())
+    assert result["validation_accuracy"] == (chosen.argmax(axis=1) == labels).mean()
+    assert row["val_accuracy"] == pytest.approx(result["validation_accuracy"], abs=1e-6)
+    loss = -np.log(chosen[np.arange(len(labels)), labels]).mean()
+    assert row["val_loss"] == pytest.approx(loss, abs=1e-4) == result["validation_loss"]
+
+
+def test_averages_are_those_of_the_formula(data, tmp_path):
+    def weights(epochs: int, **optimizer) -> list[np.ndarray]:
+        settings = {"epochs": epochs, "steps_per_epoch": 1, "keep": "last"}
+        chosen = {"name": "adam", "learning_rate": 0.01} | optimizer
+        network, _, _ = train(data, tmp_path / f"{epochs}{len(optimizer)}", train=settings | {"optimizer": chosen})
+        return network.get_weights()
+
+    averaged = weights(2, use_ema=True, ema_momentum=0.75)
+    for average, first, second in zip(averaged, weights(1), weights(2), strict=True):
+        np.testing.assert_allclose(average, 0.75 * first + 0.25 * second, rtol=1e-5, atol=1e-7)
+
+
 def test_another_seed_is_another_training(data, tmp_path):
     for seed in (0, 1):
         train(data, tmp_path / str(seed), seed=seed)

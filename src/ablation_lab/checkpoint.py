@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ablation_lab import files
+from ablation_lab import files, optimization
 from ablation_lab.backend import keras, surroundings
 
 # Keeping states takes at most a fiftieth of the training's time, and a second. Where that would be exceeded, waiting
@@ -104,7 +104,10 @@ class Keeper(keras.callbacks.Callback):
             "seconds": self.before + time.perf_counter() - self._clock,
             "surroundings": _surroundings(self.model),
             "stopped": self.model.stop_training,
-            "best_is_last": recorder.kept_weights is not None and recorder.best_epoch == epochs,
+            # With moving averages, what is kept of an epoch aren't the weights that the next one starts with.
+            "best_is_last": recorder.kept_weights is not None
+            and recorder.best_epoch == epochs
+            and not optimization.averages(self.model.optimizer),
             "callbacks": [{key: getattr(one, key) for key in MEMORY[type(one).__name__]} for one in self.callbacks],
         }
         arrays = {

@@ -320,7 +320,7 @@ IDLE = {
 }
 
 TRIED = 1024  # pictures, for layers that change few of them
-AT_ONCE = 2_000_000  # numbers in pictures, so that they take little memory
+AT_ONCE = 32  # of them, fewer where they are large
 
 
 def check_augmentation(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
@@ -330,7 +330,7 @@ def check_augmentation(augment: dict[str, dict[str, Any]], image_shape: tuple[in
         LabError: for a layer that leaves all of them as they are, such as a rotation by 0.
     """
     height, width, channels = (min(size, 256) for size in image_shape)
-    number = max(2, min(TRIED, AT_ONCE // (height * width * channels)))
+    number = max(2, min(AT_ONCE, 2_000_000 // (height * width * channels)))
     # Not the whole range, which there would be nothing to stretch to for a contrast.
     pictures = np.random.default_rng(0).integers(50, 200, (number, height, width, channels)).astype(np.float32)
     keras.utils.set_random_seed(0)

@@ -95,6 +95,8 @@ def train(
             )
     recorder = Recorder(seed, settings["monitor"] if settings["keep"] == "best" else None)
     remembering = [recorder, *optimization.callbacks(settings)]
+    # The averages go out of the network again before the state is kept, which is that of the weights in training.
+    averaging = [Averages()] if settings["optimizer"].get("use_ema") else []
     keeper = checkpoint.Keeper(state, remembering, started)
     last = settings["epochs"]
     done = min(keeper.load(fitted), last)
@@ -119,7 +121,7 @@ def train(
             initial_epoch=done,
             validation_data=pipeline.ordered_batches(fed, arrays.validation, PREDICTION_BATCH, form),
             class_weight=class_weights,
-            callbacks=[*remembering, keeper, tell, Progress(name, shuffled.steps, done)],
+            callbacks=[*remembering, *averaging, keeper, tell, Progress(name, shuffled.steps, done)],
             shuffle=False,  # the batches come shuffled
             verbose=0,
         )
@@ -241,6 +243,27 @@ class Recorder(keras.callbacks.Callback):
 
     def _improved(self, value: float) -> bool:
         return math.isnan(self.best) or (value < self.best if self.monitor == "val_loss" else value > self.best)
+
+
+class Averages(keras.callbacks.Callback):
+    """With `use_ema`, has the moving averages of the weights in the network while it is validated, until the callbacks
+    before this one have seen the end of the epoch: they are what is scored and kept.
+
+    Keras' `SwapEMAWeights` adds and subtracts the two, which changes the last digits of the weights in training, and
+    takes the averages out before the end of the epoch, so these are copies.
+    """
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        averages = optimization.averages(self.model.optimizer)
+        self._trained = [keras.ops.convert_to_numpy(one) for one in self.model.trainable_variables]
+        self._assign([keras.ops.convert_to_numpy(one) for one in averages])
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._assign(self._trained)
+
+    def _assign(self, values: list[np.ndarray]) -> None:
+        for variable, value in zip(self.model.trainable_variables, values, strict=True):
+            variable.assign(value)
 
 
 class Progress(keras.callbacks.Callback):

@@ -70,8 +70,9 @@ def _network(inputs: Any, x: Any, model: dict[str, Any], classes: int) -> keras.
         case "sigmoid":
             if classes != 2:
                 raise NetworkError(
-                    f"model.output: Expected softmax or logits for {classes} classes, with categorical_crossentropy as "
-                    "train.loss. Found: sigmoid."
+                    f"Expected softmax or logits for {classes} classes, with categorical_crossentropy as train.loss. "
+                    "Found: sigmoid.",
+                    ("model", "output"),
                 )
             x = apply(keras.layers.Dense(1, activation="sigmoid", name=TRAINED["sigmoid"], **weights), x)
             outputs = keras.ops.concatenate([1 - x, x], axis=-1)

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from ablation_lab import arguments
 from ablation_lab.backend import keras
+from ablation_lab.errors import LabError
 from ablation_lab.models.layers import NetworkError
 
 # The folder that dvc.yaml's `plan` depends on.
@@ -38,11 +40,15 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
     for name in () if takes_all else [name for name in settings if name not in list(parameters)[2:]]:
         near = difflib.get_close_matches(name, list(parameters)[2:], n=1)
         hint = f"Did you mean {near[0]}?" if near else "A variant drops an inherited key with null."
-        raise NetworkError(f"model.{name}: Expected {_arguments(function, builder)}. Found: {name}. {hint}")
+        raise NetworkError(f"Expected {_arguments(function, builder)}. Found: {name}. {hint}", ("model", name))
+    try:
+        arguments.check_own(function, settings, ("model",))
+    except LabError as error:
+        raise NetworkError(f"{error.text} {builder} says so by its default or its annotation.", error.place) from None
     try:
         inspect.signature(function).bind(tuple(image_shape), classes, **settings)
     except TypeError as error:
-        raise NetworkError(f"model: Expected {_arguments(function, builder)}. Found: {error}.") from None
+        raise NetworkError(f"Expected {_arguments(function, builder)}. Found: {error}.", ("model",)) from None
     try:
         built = function(tuple(image_shape), classes, **settings)
     except (Exception, SystemExit) as error:  # it is the user's code: whatever it raises is told with its place there
@@ -103,15 +109,16 @@ def find(builder: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise NetworkError(
-            f"model.builder: Expected a module that can be imported, such as {FOLDER}.mine for {FOLDER}/mine.py. "
-            f"Found: {module_name}: {_told(error)}"
+            f"Expected a module that can be imported, such as {FOLDER}.mine for {FOLDER}/mine.py. "
+            f"Found: {module_name}: {_told(error)}",
+            ("model", "builder"),
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         own = [name for name, one in inspect.getmembers(module, inspect.isfunction) if one.__module__ == module_name]
         raise NetworkError(
-            f"model.builder: Expected a function of {module_name}: {', '.join(own) or 'it has none'}. "
-            f"Found: {function_name}."
+            f"Expected a function of {module_name}: {', '.join(own) or 'it has none'}. Found: {function_name}.",
+            ("model", "builder"),
         )
     return function
 

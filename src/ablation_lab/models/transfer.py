@@ -21,7 +21,7 @@ def hidden(model: dict[str, Any], x: Any) -> Any:
     function, _ = find(model["backbone"])
     if x.shape[-1] != 3:
         raise NetworkError(
-            f"model.backbone: Expected pictures in colour: set data.color: rgb. Found: shape {_times(x)}."
+            f"Expected pictures in colour: set data.color: rgb. Found: shape {_times(x)}.", ("model", "backbone")
         )
     try:
         backbone = function(include_top=False, weights=None, input_tensor=x)
@@ -63,7 +63,7 @@ def find(name: str) -> tuple[Callable[..., keras.Model], Callable[..., np.ndarra
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         names = ", ".join(sorted(function.__name__ for function in known.values()))
         hint = f"Did you mean {known[near[0]].__name__}?" if near else f"Known: {names}."
-        raise NetworkError(f"model.backbone: Expected the name of a network. Found: {name}. {hint}")
+        raise NetworkError(f"Expected the name of a network. Found: {name}. {hint}", ("model", "backbone"))
     function = known[name.lower()]
     return function, inspect.getmodule(function).preprocess_input  # type: ignore[union-attr]
 
@@ -109,8 +109,8 @@ def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
         most = total if key == "last" else total - 1
         if value > most:
             raise NetworkError(
-                f"model.trainable.{key}: Expected at most {most}, as {model['backbone']} has {total} layers. "
-                f"Found: {value}."
+                f"Expected at most {most}, as {model['backbone']} has {total} layers. Found: {value}.",
+                ("model", "trainable", key),
             )
         first = total - value if key == "last" else value
     for number, layer in enumerate(layers, start=1):

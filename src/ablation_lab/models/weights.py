@@ -56,8 +56,9 @@ def wanted(model: dict[str, Any]) -> Wanted | None:
     path = next((place for place in places if _is_file(place)), None)
     if path is None:
         raise NetworkError(
-            f"model.weights: Expected imagenet, or a file in one of {', '.join(map(str, places))}. "
-            f"Found: no such file as {model['weights']}."
+            f"Expected imagenet, or a file in one of {', '.join(map(str, places))}. "
+            f"Found: no such file as {model['weights']}.",
+            ("model", "weights"),
         )
     return {"file": path.name, "hash": digest(path, "sha256"), "url": None}
 
