@@ -114,6 +114,57 @@ def test_a_plan_that_cannot_be_trained_ends_with_status_2(folder: Path, tmp_path
     assert "Traceback" not in done.stderr
 
 
+MISTAKES = """\
+study: {name: mistakes, baseline: baseline}
+data: {dataset: digits, path: null, split: {test: 0.2}}
+model:
+  builder: cnn
+  activation: rellu
+  blocks:
+    block1: {filters: 2}
+    block2: {filters: 2, activation: relu}
+train:
+  optimizer: {name: sgd, momentum: 0.9}
+seeds: [0]
+variants:
+  baseline: {}
+  plain: {model: {activation: relu}, train: {optimizer: {nesterov: no}}}
+  residual:
+    model:
+      activation: relu
+      initializer: constant
+  flipped: {model: {activation: relu}, input: {augment: {RandomFlip: {mode: horizonal}}}}
+  decayed:
+    model: {activation: relu}
+    train: {optimizer: {learning_rate: {name: CosineDecay, initial_learning_rate: -1, decay_steps: 9}}}
+  lost:
+    model: {activation: relu}
+    train: {loss: categorical_crosentropy}
+  idle:
+    model: {activation: relu}
+    input: {augment: {RandomRotation: {factor: 0}}}
+"""
+
+
+def test_mistakes_that_keras_does_not_find_have_the_line_and_the_key_that_the_user_wrote(folder: Path, tmp_path: Path):
+    (tmp_path / "params.yaml").write_text(MISTAKES)
+    done = run(folder, "ablab", "plan", "--params", str(tmp_path / "params.yaml"))
+    assert done.returncode == 2
+    told = done.stderr.replace(str(tmp_path / "params.yaml"), "params.yaml")
+    for line in (
+        "line 5: model.activation: Expected a Keras activation. Found: rellu. Did you mean relu?",
+        'line 14: variants.plain.train.optimizer.nesterov: Expected true or false. Found: "no". Write false:',
+        "line 18: variants.residual.model.initializer: Expected a Keras initializer that fills a kernel without arg",
+        "line 19: variants.flipped.input.augment.RandomFlip.mode: Expected horizontal, vertical or horizontal_and_v",
+        "line 22: variants.decayed.train.optimizer.learning_rate.initial_learning_rate: Expected a number of at lea",
+        "line 25: variants.lost.train.loss: Expected a Keras loss. Found: categorical_crosentropy. Did you mean",
+        "line 28: variants.idle.input.augment.RandomRotation: Expected arguments with which it changes pictures.",
+    ):
+        assert f"params.yaml, {line}" in told, told
+    assert "Did you mean constant?" not in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.slow
 def test_predict_needs_a_trained_cell_then_predicts_pictures_of_any_size(folder: Path, tmp_path: Path):
     picture = tmp_path / "picture.png"

@@ -134,11 +134,11 @@ RICH = study_with(
             "Normalisation of dense1 removed.",
             {"model": {"head": {"dense1": {"normalization": "none"}}}},
         ),
-        ("model.l2", "no_l2", "Every weight decay removed.", {"model": {"l2": 0, "head_l2": 0}}),
+        ("model.l2", "no_l2", "L2 penalty of all kernels removed.", {"model": {"l2": 0, "head_l2": 0}}),
         (
             "model.head_l2",
             "no_head_l2",
-            "Weight decay of the dense layers and the output removed.",
+            "L2 penalty of the dense layers and the output removed.",
             {"model": {"head_l2": 0}},
         ),
         (
@@ -155,7 +155,12 @@ RICH = study_with(
             "Reduction of the learning rate removed.",
             {"train": {"reduce_lr": None}},
         ),
-        ("train.optimizer.momentum", "no_momentum", "Momentum removed.", {"train": {"optimizer": {"momentum": 0}}}),
+        (
+            "train.optimizer.momentum",  # without which Nesterov's has no effect
+            "no_momentum",
+            "Momentum removed.",
+            {"train": {"optimizer": {"momentum": 0, "nesterov": False}}},
+        ),
         (
             "train.optimizer.weight_decay",
             "no_weight_decay",
@@ -230,6 +235,14 @@ def test_adamw_decays_weights_where_nothing_is_said(tmp_path: Path):
     study = study_with(train={"optimizer": {"name": "AdamW"}})
     added = knocked_out(tmp_path, study, "train.optimizer.weight_decay")
     assert added["no_weight_decay"]["train"] == {"optimizer": {"weight_decay": 0}}
+
+
+def test_what_has_no_effect_without_an_extra_goes_with_it(tmp_path: Path):
+    averaged = {"name": "adam", "use_ema": True, "ema_momentum": 0.9}
+    added = knocked_out(tmp_path, study_with(train={"optimizer": averaged}), "train.optimizer.use_ema")
+    assert added["no_use_ema"]["train"] == {"optimizer": {"use_ema": False, "ema_momentum": None}}
+    added = knocked_out(tmp_path, study_with(train={"optimizer": {"name": "muon"}}), "train.optimizer.momentum")
+    assert added["no_momentum"]["train"] == {"optimizer": {"momentum": 0, "nesterov": False}}
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,22 @@ def test_a_residual_network_has_projections_where_the_shape_changes():
     assert built.get_layer("features").output.shape[1:] == (2 * 2 * 16,)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"blocks": {"block1": {"filters": 3, "convolution": kind}}} for kind in ("standard", "separable")),
+        *({"blocks": {"block1": {"filters": 3, "convolution": kind}}} for kind in ("depthwise", "transpose")),
+        {"builder": "resnet", "stem": {"filters": 4}, "stages": {"one": {"filters": 4}, "two": {"filters": 6}}},
+        {"builder": "mlp", "head": {"dense1": {"units": 4}}},
+    ],
+)
+def test_l2_is_of_every_kernel(settings):
+    built = network(l2=0.01, **settings)
+    kernels = [weight for weight in built.trainable_weights if weight.path.endswith("kernel")]
+    squares = sum(float((np.asarray(one) ** 2).sum()) for one in kernels)
+    assert float(sum(built.losses)) == pytest.approx(0.01 * squares, rel=1e-5)
+
+
 def test_weight_decay_of_the_head_may_differ():
     built = network(builder="resnet", stem={"filters": 4}, stages=STAGES, l2=0.5, head_l2=0)
     decayed = {layer.name for layer in built.layers if getattr(layer, "kernel_regularizer", None)}
@@ -173,6 +189,32 @@ def test_what_a_users_function_does_wrong_is_told(own_networks, builder, setting
     with pytest.raises(models.NetworkError) as caught:
         own(builder, **settings)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"residual": "no"}, 'model.residual: Expected true or false. Found: "no". Write false: in YAML 1.2, no is a'),
+        ({"residual": "off"}, "Write false"),
+        ({"residual": 1}, "model.residual: Expected true or false. Found: 1. networks.mine:typed says so by its"),
+        ({"residual": [True]}, "model.residual: Expected true or false."),
+        ({"normalised": "yes"}, 'model.normalised: Expected true or false or null. Found: "yes". Write true'),
+        ({"rate": "0.5"}, 'model.rate: Expected a number. Found: "0.5".'),
+        ({"rate": True}, "model.rate: Expected a number. Found: true."),
+    ],
+)
+def test_a_value_of_another_kind_than_the_function_asks_for_is_refused(own_networks, settings, message):
+    with pytest.raises(models.NetworkError) as caught:
+        own("networks.mine:typed", **settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"residual": False}, {"rate": 0}, {"rate": [0.1, 0.2]}, {"units": "many"}, {"units": 3}, {"free": "no"}],
+)
+def test_values_of_the_kinds_that_the_function_asks_for_are_taken(own_networks, settings):
+    assert own("networks.mine:typed", **settings)
 
 
 def test_the_place_in_the_users_own_file_is_told(own_networks):
@@ -266,6 +308,12 @@ def forgetful(image_shape, classes):
 
 def sigmoids(image_shape, classes):
     return keras.Sequential([keras.Input(image_shape), layers.Flatten(), layers.Dense(classes, "sigmoid")])
+
+
+def typed(
+    image_shape, classes, residual=True, normalised: bool | None = None, rate=0.5, units: int | str = 1, free=None
+):
+    return sigmoids(image_shape, classes)
 """
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, write_params
+from ruamel.yaml import YAML
 
 from ablation_lab import params
 from ablation_lab.errors import LabError
@@ -140,6 +141,14 @@ def test_settings_of_the_model_are_those_of_blocks_that_set_none():
         (("train", "replicas"), 2, "train.replicas: Expected none, as train.strategy is single"),
         (("train", "precision"), "mixed_float", "Did you mean mixed_float16?"),
         (("train", "xla"), "yes", "train.xla: Expected 'auto' or a valid boolean"),
+        (("train", "xla"), "no", 'Found: "no". Write false: in YAML 1.2, no is a text.'),
+        (("study", "quick"), "off", 'Found: "off". Write false: in YAML 1.2, off is a text.'),
+        (
+            ("train", "reduce_lr"),
+            {"min_lr": 0.1},
+            "train.reduce_lr.min_lr: Expected a value less than the learning rate",
+        ),
+        (("data", "path"), "somewhere", "data.path: Expected null, as digits does not come from a path"),
         (("train", "data_on"), "gpu", "train.data_on: Expected 'auto', 'device' or 'host'"),
         (("train", "epochs"), 10**30, "train.epochs: Expected a value less than or equal to 100000. Found: 1"),
         (("train", "batch_size"), 10**12, "train.batch_size: Expected a value less than or equal to 65536."),
@@ -322,3 +331,59 @@ def test_two_devices_are_meant_where_no_number_is_given():
     variants = params.validate(study).variants
     assert variants["a"].resolved() == variants["b"].resolved()
     assert variants["baseline"].resolved()["train"]["replicas"] is None
+
+
+LOCATED = """\
+study: {name: located, baseline: baseline}
+data: {dataset: digits, path: null, split: {test: 0.2}}
+model:
+  builder: cnn
+  activation: relu
+  blocks:
+    block1: {filters: 2}
+    block2: {filters: 2, activation: elu}
+  head:
+    dense1: {units: 4}
+train:
+  optimizer: {name: adam, clipnorm: 1.0}
+seeds: [0]
+finetune:
+  variants:
+    second:
+      train: {epochs: 1}
+variants:
+  baseline: {}
+  other:
+    model:
+      activation: tanh
+    train:
+      optimizer:
+        clipnorm: 2.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "variant", "selected", "told"),
+    [
+        ("train.optimizer.clipnorm", "baseline", None, "params.yaml, line 12: train.optimizer.clipnorm"),
+        ("train.optimizer.clipnorm", "other", None, "params.yaml, line 25: variants.other.train.optimizer.clipnorm"),
+        ("train.optimizer.name", "other", None, "params.yaml, line 12: train.optimizer.name"),
+        ("model.blocks.block1.activation", "baseline", None, "params.yaml, line 5: model.activation"),
+        ("model.blocks.block1.activation", "other", None, "params.yaml, line 22: variants.other.model.activation"),
+        ("model.blocks.block2.activation", "other", None, "params.yaml, line 8: model.blocks.block2.activation"),
+        ("model.head.dense1.activation", "baseline", None, "params.yaml, line 5: model.activation"),
+        (
+            "train.optimizer.clipnorm",
+            "second",
+            "other",
+            "params.yaml, line 25: variants.other.train.optimizer.clipnorm",
+        ),
+        ("train.optimizer.clipnorm", "second", "baseline", "params.yaml, line 12: train.optimizer.clipnorm"),
+        ("train.epochs", "second", "baseline", "params.yaml, line 17: finetune.variants.second.train.epochs"),
+        ("model.initializer", "baseline", None, None),
+    ],
+)
+def test_a_mistake_that_only_keras_finds_has_the_line_and_the_key_that_the_user_wrote(place, variant, selected, told):
+    study = params.validate(YAML(typ="safe", pure=True).load(LOCATED), text=LOCATED)
+    found = study.located(LabError("Expected another.", tuple(place.split("."))), variant, selected)
+    assert found == (told and f"{told}: Expected another.")

@@ -69,6 +69,26 @@ def two_classes(count=4, **pictures):
     return {f"{label}/{index}.png": plain() for label in ("cat", "dog") for index in range(count)} | pictures
 
 
+GREY = Image.new("L", (6, 4), 100)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "color", "channels"),
+    [
+        ([GREY] * 4, None, 1),
+        ([GREY, Image.new("1", (6, 4)), Image.new("LA", (6, 4)), Image.new("I;16", (6, 4))], None, 1),
+        ([GREY, GREY, GREY, plain()], None, 3),
+        ([plain()] * 4, None, 3),
+        ([GREY] * 4, "rgb", 3),
+        ([plain()] * 4, "grayscale", 1),
+    ],
+)
+def test_a_folder_of_grey_pictures_stays_grey_where_nothing_is_said(pictures, color, channels, tmp_path):
+    files = {f"{label}/{number}.png": one for label in ("cat", "dog") for number, one in enumerate(pictures)}
+    preprocess.preprocess(image_folder(tmp_path, files, color=color), tmp_path / "raw", tmp_path / "out")
+    assert card(tmp_path / "out")["image_shape"] == [4, 6, channels]
+
+
 def test_files_are_as_promised(raw_digits, tmp_path):
     preprocess.preprocess(digits(), raw_digits, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import one_thread  # noqa: F401  isort: skip
-from ablation_lab import models, params
+from ablation_lab import frozen, models, params
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 from ablation_lab.models import transfer
@@ -149,3 +149,37 @@ def test_every_network_of_keras_is_known():
 def test_pictures_of_any_size():
     built = network(any_size=True)
     assert built.predict(PICTURES, verbose=0).shape == built.predict(PICTURES[:, :36, :38], verbose=0).shape
+
+
+def penalty(network: keras.Model) -> float:
+    return float(sum(network.losses))
+
+
+def squares(weights: list[keras.Variable]) -> float:
+    """The sum of squares of all kernels among some weights."""
+    return sum(float((np.asarray(one) ** 2).sum()) for one in weights if one.path.endswith("kernel"))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape"),
+    [("SqueezeNet", (40, 40, 3)), ("MobileNet", (32, 32, 3)), ("Xception", (72, 72, 3)), ("ConvNeXtTiny", (32, 32, 3))],
+)
+def test_l2_is_of_every_kernel_that_is_trained(backbone, shape):
+    settings = {"l2": 0.01, "head_l2": 0.1, "head": {"dense1": {"units": 4}}}
+    built = network(backbone, shape=shape, trainable="all", **settings)
+    head = [weight for name in ("dense1", "probabilities") for weight in built.get_layer(name).weights]
+    whole = squares(transfer.backbone_of(built).trainable_weights)
+    assert whole > 0
+    assert penalty(built) == pytest.approx(0.01 * whole + 0.1 * squares(head), rel=1e-4)
+    copy = keras.models.model_from_json(built.to_json())  # as it is saved, and copied to several devices
+    copy.set_weights(built.get_weights())
+    assert penalty(copy) == pytest.approx(penalty(built), rel=1e-5)
+    # Variants of a study share the layers of a backbone while they are planned.
+    model = params.Transfer(builder="transfer", backbone=backbone, trainable={"last": 9}, **settings).resolved()
+    last = models.build(model, "backbone", shape, 3, transfer.backbone_of(built))
+    head = [weight for name in ("dense1", "probabilities") for weight in last.get_layer(name).weights]
+    some = squares(transfer.backbone_of(last).trainable_weights)
+    assert 0 < some < whole
+    assert penalty(last) == pytest.approx(0.01 * some + 0.1 * squares(head), rel=1e-4)
+    prefix, _, trained = frozen.split(last, last)
+    assert penalty(trained) == pytest.approx(penalty(last), rel=1e-6) and not prefix.losses

@@ -24,7 +24,13 @@ OPTIMIZER_OFF = {
     **{"momentum": 0, "weight_decay": 0, "nesterov": False, "amsgrad": False, "centered": False, "use_ema": False},
     **{"clipnorm": None, "clipvalue": None, "global_clipnorm": None},
 }
-DECAYING = {"adamw"}  # its weight decay is on where nothing is said
+# What is on where nothing is said.
+OPTIMIZER_ON = {"adamw": ("weight_decay",), "muon": ("weight_decay", "momentum", "nesterov")}
+# What has no effect without another extra, and is refused then.
+OPTIMIZER_NEEDS: dict[str, dict[str, Any]] = {
+    "momentum": {"nesterov": False},
+    "use_ema": {"ema_momentum": None, "ema_overwrite_frequency": None},
+}
 WIDTH = 120
 
 
@@ -154,9 +160,9 @@ def _of_network(network: Network) -> Iterator[Removal]:
         patch = _at("model.features_dropout", 0) if network.features_dropout else {}
         yield Removal("model.features_dropout", "Dropout of the features removed.", patch)
     patch = _everywhere(network, ("l2", "head_l2"), (), "", 0) if network.l2 else {}
-    yield Removal("model.l2", "Every weight decay removed.", patch)
+    yield Removal("model.l2", "L2 penalty of all kernels removed.", patch)
     patch = _at("model.head_l2", 0) if resolved["head_l2"] else {}
-    yield Removal("model.head_l2", "Weight decay of the dense layers and the output removed.", patch)
+    yield Removal("model.head_l2", "L2 penalty of the dense layers and the output removed.", patch)
     for part in ("blocks", "head"):
         for layer in resolved.get(part, []):
             for key, off, word in (("dropout", 0, "Dropout"), ("normalization", "none", "Normalisation")):
@@ -183,10 +189,11 @@ def _of_train(variant: Variant) -> Iterator[Removal]:
     ):
         yield Removal(f"train.{key}", note, _at(f"train.{key}", off) if getattr(train, key) else {})
     given = train.optimizer.model_dump()
+    on = dict.fromkeys(OPTIMIZER_ON.get(given["name"], ()), True) | given
     for key, off in OPTIMIZER_OFF.items():
-        path = f"train.optimizer.{key}"
-        is_on = given.get(key, key == "weight_decay" and given["name"] in DECAYING)
-        yield Removal(path, f"{_words(key)} removed.", _at(path, off) if is_on else {})
+        useless = {one: value for one, value in OPTIMIZER_NEEDS.get(key, {}).items() if on.get(one)}
+        patch = _at("train.optimizer", {key: off} | useless) if on.get(key) else {}
+        yield Removal(f"train.optimizer.{key}", f"{_words(key)} removed.", patch)
 
 
 def _everywhere(network: Network, keys: tuple[str, ...], parts: tuple[str, ...], own: str, off: Any) -> dict[str, Any]:

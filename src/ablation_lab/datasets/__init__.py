@@ -24,8 +24,8 @@ DATASETS: dict[str, ModuleType] = {
 def spec(data: params.Data) -> Spec | None:
     """What the network will be fed, as far as it is known without the data; None if it isn't."""
     known: Spec | None = DATASETS[data.dataset].SPEC
-    if known is None and data.pictures and data.image_size:
-        channels = 1 if data.color == "grayscale" else 3
+    if known is None and data.pictures and data.image_size and data.color:
+        channels = {"rgb": 3, "grayscale": 1}[data.color]
         counts = {"all": sum(data.pictures.values())}
         return Spec(tuple(sorted(data.pictures)), (data.image_size[0], data.image_size[1], channels), counts)
     if known is None:

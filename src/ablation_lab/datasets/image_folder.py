@@ -180,9 +180,18 @@ def open_raw(data: params.Data, raw: Path) -> Source:
         test=np.array([part == "test" for _, _, part in layout]) if given else None,
         load=load,
         name=lambda index: f"{data.path}: {infos[index].filename}",
-        color="rgb",
+        color="grayscale" if data.color is None and all(_is_grey(load, i) for i in range(len(infos))) else "rgb",
         image_size=None,
     )
+
+
+def _is_grey(load: Callable[[int], Image.Image], index: int) -> bool:
+    """Whether a picture is stored without colours, with transparency or not; only its header is decoded."""
+    try:
+        mode = load(index).mode
+    except Exception:  # the stage that decodes it says what is wrong
+        return True
+    return mode in ("1", "L", "LA", "La") or mode.startswith("I")
 
 
 def name(data: params.Data) -> str:

@@ -115,7 +115,23 @@ def set_trainable(network: keras.Model, model: dict[str, Any]) -> None:
         first = total - value if key == "last" else value
     for number, layer in enumerate(layers, start=1):
         layer.trainable = number >= first
+        for one in layer._flatten_layers():
+            _regularize(one, model["l2"] if layer.trainable else 0)
         if isinstance(layer, keras.layers.Dropout):
             # Networks of several variants may share the layer, so its own rate is remembered.
             layer.own_rate = getattr(layer, "own_rate", layer.rate)
             layer.rate = layer.own_rate if layer.trainable else 0.0
+
+
+def _regularize(layer: keras.layers.Layer, l2: float) -> None:
+    """Give the kernels of a layer, which Keras' applications build without, an L2 penalty, or take it away again.
+
+    A layer's own setting is what is saved and copied, that of its weights what is trained.
+    """
+    regularizer = keras.regularizers.L2(l2) if l2 else None
+    for prefix in ("kernel", "depthwise", "pointwise"):
+        if hasattr(layer, f"{prefix}_regularizer"):
+            setattr(layer, f"{prefix}_regularizer", regularizer)
+            # The only kernel of a depthwise convolution is called `kernel`.
+            weight = getattr(layer, f"{prefix}_kernel", None)
+            (layer.kernel if weight is None else weight).regularizer = regularizer
