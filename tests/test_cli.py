@@ -120,6 +120,7 @@ data: {dataset: digits, path: null, split: {test: 0.2}}
 model:
   builder: cnn
   activation: rellu
+  pool: 1
   blocks:
     block1: {filters: 2}
     block2: {filters: 2, activation: relu}
@@ -153,12 +154,12 @@ def test_mistakes_that_keras_does_not_find_have_the_line_and_the_key_that_the_us
     told = done.stderr.replace(str(tmp_path / "params.yaml"), "params.yaml")
     for line in (
         "line 5: model.activation: Expected a Keras activation. Found: rellu. Did you mean relu?",
-        'line 14: variants.plain.train.optimizer.nesterov: Expected true or false. Found: "no". Write false:',
-        "line 18: variants.residual.model.initializer: Expected a Keras initializer that fills a kernel without arg",
-        "line 19: variants.flipped.input.augment.RandomFlip.mode: Expected horizontal, vertical or horizontal_and_v",
-        "line 22: variants.decayed.train.optimizer.learning_rate.initial_learning_rate: Expected a number of at lea",
-        "line 25: variants.lost.train.loss: Expected a Keras loss. Found: categorical_crosentropy. Did you mean",
-        "line 28: variants.idle.input.augment.RandomRotation: Expected arguments with which it changes pictures.",
+        'line 15: variants.plain.train.optimizer.nesterov: Expected true or false. Found: "no". Write false:',
+        "line 19: variants.residual.model.initializer: Expected a Keras initializer that fills a kernel without arg",
+        "line 20: variants.flipped.input.augment.RandomFlip.mode: Expected horizontal, vertical or horizontal_and_v",
+        "line 23: variants.decayed.train.optimizer.learning_rate.initial_learning_rate: Expected a number of at lea",
+        "line 26: variants.lost.train.loss: Expected a Keras loss. Found: categorical_crosentropy. Did you mean",
+        "line 29: variants.idle.input.augment.RandomRotation: Expected arguments with which it changes pictures.",
     ):
         assert f"params.yaml, {line}" in told, told
     assert "Did you mean constant?" not in told

@@ -139,8 +139,8 @@ class DenseSettings(Section):
 class Network(Section):
     """What all builders share: hidden dense layers in `head` (their order counts) and how they are initialised.
 
-    `activation` is the one of every hidden layer, `l2` the weight decay of every convolution and dense kernel,
-    `head_l2` that of the dense ones and the output layer where it differs. `output` is what is trained: a probability
+    `activation` is the one of every hidden layer, `l2` the L2 penalty of every convolution and dense kernel, `head_l2`
+    that of the dense ones and the output layer where it differs. `output` is what is trained: a probability
     a class, two classes' one probability (`sigmoid`), or numbers before the softmax; predictions are a probability a
     class in any case.
     """
