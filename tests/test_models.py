@@ -196,7 +196,7 @@ def test_what_a_users_function_does_wrong_is_told(own_networks, builder, setting
     [
         ({"residual": "no"}, 'model.residual: Expected true or false. Found: "no". Write false: in YAML 1.2, no is a'),
         ({"residual": "off"}, "Write false"),
-        ({"residual": 1}, "model.residual: Expected true or false. Found: 1. networks.mine:typed says so by its"),
+        ({"residual": 1}, "model.residual: Expected true or false. Found: 1. The default or the annotation in netw"),
         ({"residual": [True]}, "model.residual: Expected true or false."),
         ({"normalised": "yes"}, 'model.normalised: Expected true or false or null. Found: "yes". Write true'),
         ({"rate": "0.5"}, 'model.rate: Expected a number. Found: "0.5".'),

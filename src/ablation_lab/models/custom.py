@@ -44,7 +44,7 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
     try:
         arguments.check_own(function, settings, ("model",))
     except LabError as error:
-        raise NetworkError(f"{error.text} {builder} says so by its default or its annotation.", error.place) from None
+        raise NetworkError(f"{error.text} The default or the annotation in {builder} sets the type.", error.place) from None
     try:
         inspect.signature(function).bind(tuple(image_shape), classes, **settings)
     except TypeError as error:
