@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection
-from ablation_lab.backend import keras
+from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection, trial
+from ablation_lab.backend import keras, tf
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
 from ablation_lab.models import custom, transfer, weights
@@ -30,7 +30,7 @@ SECONDS_A_WEIGHT = 4e-9  # of a step, for the optimizer to go through a trained 
 
 # A training needs room for each weight four times: itself, its gradient, two moments of its optimizer's.
 MOST_WEIGHTS = 10**9
-SMALL_PICTURE = 512 * 512 * 3
+UNTRIED = "too large to be tried: whether it can be trained shows in training"
 
 Facts = dict[str, Any]
 
@@ -64,9 +64,10 @@ def describe(
 
     Returns:
         For each variant `parameters`, `trainable_parameters`, `macs` (of one picture's forward pass), `differences`
-        from the baseline, `layers`, `lints`, `plan_hash`, and where a network has a frozen prefix `frozen`, its
-        `id`, which equal ones share, the `layers`, the `macs`, the `bytes` of its features of all pictures and whether
-        it is computed `once`.
+        from the baseline, `layers`, `lints`, `plan_hash`, `tried`, which is null for a network that is too large for a
+        trial step, and where a network has a frozen prefix `frozen`, its `id`, which equal ones share, the `layers`,
+        the `macs`, the `bytes` of its features of all pictures, the `threads` that compute it and whether it is
+        computed `once`.
 
     Raises:
         LabError: naming the variant, and the layer or the setting, of everything that can't be built.
@@ -95,6 +96,8 @@ class _Describer:
         self.study, self.root, self.pictures = study, root, pictures
         self.image_shape, self.classes = image_shape, classes
         self.backbones: dict[str, keras.Model] = {}
+        self.passed: set[str] = set()  # what trial steps have shown
+        self.known = _tried_before(root)
 
     def all(
         self, variants: dict[str, Variant], where: str, selected: tuple[Variant, Facts] | None = None
@@ -173,8 +176,28 @@ class _Describer:
             "layers": layers,
             "lints": lints,
             "plan_hash": params.digest(params.canonical_json(fixed)),
+            "tried": self._tried(fixed, network),
         }
         return facts | ({"frozen": prefix} if prefix else {})
+
+    def _tried(self, fixed: dict[str, Any], network: keras.Model) -> str | None:
+        """What says that a network like this can be trained: its parts, once a step has passed; None without a step."""
+        parts = trial.parts(fixed, network, self.image_shape, self.classes)
+        shown = trial.digest(parts)
+        known = shown in self.known or parts <= self.passed
+        if not known and not trial.run(fixed, network, self.image_shape, self.classes):
+            return None
+        self.passed |= parts
+        return shown
+
+
+def _tried_before(root: Path) -> set[str]:
+    """What the last plan has tried, so that an unchanged network isn't tried again."""
+    found = set()
+    for path in (root / "plan").glob("**/networks/*.json"):
+        with suppress(OSError, ValueError, AttributeError):
+            found.add(json.loads(path.read_text(encoding="utf-8")).get("tried"))
+    return found - {None}
 
 
 def _ready_made(network: keras.Model, variant: Variant) -> dict[str, str]:
@@ -201,7 +224,8 @@ def _frozen(network: keras.Model, variant: Variant, pictures: int) -> dict[str, 
     model = variant.resolved()["model"]
     size = sum(4 * math.prod(tensor.shape[1:]) for tensor in tensors) * pictures
     return {
-        "id": params.digest(prefix.to_json() + str(model.get("weights")))[:12],
+        "id": params.digest(prefix.to_json() + str(model.get("weights")) + str(variant.train.threads))[:12],
+        "threads": variant.train.threads,
         "layers": len(layers),
         "macs": sum(macs(layer) for layer in layers),
         "bytes": size,
@@ -499,7 +523,7 @@ def warnings(described: Iterable[tuple[str, Facts]]) -> list[str]:
     """All lints, each once, with the variants that they are about."""
     about: dict[str, dict[str, None]] = {}
     for name, facts in described:
-        for lint in facts["lints"]:
+        for lint in [*facts["lints"], *([] if facts["tried"] else [UNTRIED])]:
             about.setdefault(lint, {})[name] = None
     return [f"warning: {', '.join(names)}: {lint}" for lint, names in about.items()]
 
@@ -555,11 +579,16 @@ def _once(rows: list[Row]) -> list[str]:
         if prefix and prefix["once"]:
             found[prefix["id"]] = prefix
             sharing.setdefault(prefix["id"], []).append(row.name)
-    return [
+    lines = [
         f"{', '.join(dict.fromkeys(sharing[key]))}: {prefix['layers']} frozen layers are computed once, for all "
         f"epochs, and {_size(prefix['bytes'])} of features kept in {frozen.FOLDER}/"
         for key, prefix in found.items()
     ]
+    threads = sorted({prefix["threads"] for prefix in found.values()})
+    if len(threads) > 1:
+        several = " and ".join(map(str, threads))
+        lines.append(f"Features are shared by variants with equal train.threads only; this study has {several}.")
+    return lines
 
 
 def _duration(minutes: float) -> str:
@@ -605,7 +634,6 @@ def _build(
         _check_xla(network)
     with _told_of("input.augment"):
         _once_a_study(_check_augmentations, chosen["input"]["augment"], image_shape)
-        _once_a_study(optimization.check_augmentation, chosen["input"]["augment"], image_shape)
     with _told_of("train.optimizer"):
         _once_a_study(_check_optimizer, train["optimizer"])
     with _told_of("train.loss"):
@@ -713,18 +741,38 @@ def _fill(name: str, shape: list[int]) -> None:
 
 
 def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
-    """Use each layer on two pictures of this shape; on large ones by their shape alone, which takes no memory."""
-    shape = (2, *image_shape)
-    small = math.prod(image_shape) <= SMALL_PICTURE
-    # Floats, as a network's input makes them: some layers take nothing else.
-    pictures = np.zeros(shape, np.float32) if small else keras.KerasTensor(shape, "float32")
+    """Compile each layer for images of this shape, as a training does, and see that it changes some."""
+    given = "×".join(map(str, image_shape))
     for layer in optimization.augmentation(augment):
-        changed = layer(pictures, training=True)
-        if tuple(changed.shape) != shape:
-            found = "×".join(map(str, changed.shape[1:]))
-            raise LabError(
-                f"input.augment.{type(layer).__name__}: Expected pictures of the same shape. Found: {found}."
-            )
+        place = ("input", "augment", type(layer).__name__)
+        try:
+            found = _augmented_shape(layer, image_shape)
+        except Exception as error:
+            if image_shape[-1] == 1 and _takes_colour(layer, image_shape):
+                raise LabError(
+                    f"Expected images in colour (data.color: rgb), as this layer changes no others. Found: grey ones of {given}.",
+                    place,
+                ) from error
+            told = f"{type(error).__name__}: {reason(error)}"
+            raise LabError(f"Expected settings that Keras takes for images of {given}. Found: {told}", place) from error
+        if found != image_shape:
+            raise LabError(f"Expected images of the same shape. Found: {'×'.join(map(str, found))}.", place)
+    optimization.check_augmentation(augment, image_shape)
+
+
+def _augmented_shape(layer: keras.layers.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a layer gives, once it is compiled as `feeding.before` has it."""
+    network = keras.Sequential([keras.Input(shape), layer])
+    step = tf.function(lambda images: network(images, training=True), autograph=False)
+    step.get_concrete_function(tf.TensorSpec((None, *shape), tf.float32))
+    return tuple(network.output_shape[1:])
+
+
+def _takes_colour(layer: keras.layers.Layer, shape: tuple[int, ...]) -> bool:
+    """Whether a layer that fails on grey images doesn't on those of the same size in colour."""
+    with suppress(Exception):
+        return bool(_augmented_shape(type(layer).from_config(layer.get_config()), (*shape[:2], 3)))
+    return False
 
 
 def _fingerprint(network: keras.Model, variant: Variant) -> str:

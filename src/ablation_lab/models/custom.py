@@ -20,7 +20,7 @@ import numpy as np
 from ablation_lab import arguments
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
-from ablation_lab.models.layers import NetworkError
+from ablation_lab.models.layers import NetworkError, reason
 
 # The folder that dvc.yaml's `plan` depends on.
 FOLDER = "networks"
@@ -44,7 +44,9 @@ def network(model: dict[str, Any], image_shape: Sequence[int | None], classes: i
     try:
         arguments.check_own(function, settings, ("model",))
     except LabError as error:
-        raise NetworkError(f"{error.text} The default or the annotation in {builder} sets the type.", error.place) from None
+        raise NetworkError(
+            f"{error.text} The default or the annotation in {builder} sets the type.", error.place
+        ) from None
     try:
         inspect.signature(function).bind(tuple(image_shape), classes, **settings)
     except TypeError as error:
@@ -100,6 +102,11 @@ def check(network: keras.Model, image_shape: Sequence[int], classes: int, builde
             f"model.builder {builder}: Expected probabilities of {classes} classes, as a last layer "
             f'Dense(classes, activation="softmax") gives them. Found: {found}.'
         )
+
+
+def untrainable(builder: str, error: Exception) -> NetworkError:
+    """What a training step of a network of the user's has raised."""
+    return NetworkError(f"model.builder {builder}: Expected a network that can be trained. Found: {_told(error)}")
 
 
 def find(builder: str) -> Callable[..., Any]:
@@ -161,10 +168,9 @@ def _arguments(function: Callable[..., Any], builder: str) -> str:
 
 def _told(error: BaseException) -> str:
     """An error in the user's words: its type, its first line, and the last place in a file that isn't a library's."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {first}{place}"
+    return f"{type(error).__name__}: {reason(error)}{place}"
 
 
 def _is_own(filename: str) -> bool:

@@ -30,7 +30,7 @@ def apply(layer: keras.layers.Layer, x: Any) -> Any:
     return y
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what Keras says, without colours and not too long."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in plain.splitlines()]
