@@ -2,7 +2,8 @@
 
 `evaluate` reads the cells of a study and writes `evaluation/`:
 
-- `cells.json`: a list with one object a cell, for the report;
+- `cells.json`: a list with one object a cell, for the report; cells of a seed with equal weights and predictions have
+  an equal `fingerprint`;
 - `cells.csv`, `curves.csv`: one row a cell, one row an epoch;
 - `correct.npy`: bool, cells × test pictures, in the order of cells.json: what was classified correctly;
 - `metrics.json`: means over seeds, for `dvc metrics show`;
@@ -12,7 +13,10 @@ While the study's test part is sealed, nothing of it is scored: the files keep t
 """
 
 import csv
+import hashlib
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +134,8 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         if (variant, seed) == (study.study.baseline, study.seeds[0]) and scores["test"]:
             shown = predicted
         curves += _history(folder / cell.HISTORY, variant, seed)
+        scored[-1]["fingerprint"] = None if fit["status"] == "diverged" else _digest(predictions)
+    _add_weights(scored, root)
 
     with files.whole(root / "evaluation") as out:
         lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in scored)
@@ -173,6 +179,41 @@ def _predictions(path: Path, classes: int) -> dict[str, np.ndarray]:
                 f"Found: {arrays[f'{part}_probabilities'].shape}. Run `dvc repro`."
             )
     return arrays
+
+
+def _digest(predictions: dict[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for part in PARTS:
+        found.update(np.ascontiguousarray(predictions[f"{part}_probabilities"]).tobytes())
+    return found.hexdigest()
+
+
+def _add_weights(scored: list[dict[str, Any]], root: Path) -> None:
+    """Make fingerprints of predictions those of weights, too, where cells of a seed predict the same: files of weights
+    may be large, and cells that predict differently differ."""
+    equal = Counter((one["seed"], one["fingerprint"]) for one in scored)
+    for one in scored:
+        if one["fingerprint"] and equal[one["seed"], one["fingerprint"]] > 1:
+            path = cell.folder(one["variant"], one["seed"], root) / cell.WEIGHTS
+            try:
+                one["fingerprint"] = hashlib.sha256((one["fingerprint"] + files.sha256(path)).encode()).hexdigest()
+            except FileNotFoundError:
+                raise files.missing(path) from None
+
+
+def unaffected(cells: Mapping[tuple[str, int], dict[str, Any]], variant: str, reference: str) -> list[int]:
+    """The seeds with which two variants have equal weights and predictions, byte for byte.
+
+    Args:
+        cells: of cells.json by (variant, seed).
+    """
+    return [
+        seed
+        for (name, seed), one in cells.items()
+        if name == variant
+        and one.get("fingerprint")
+        and one["fingerprint"] == cells.get((reference, seed), {}).get("fingerprint")
+    ]
 
 
 def _history(path: Path, variant: str, seed: int) -> list[list]:

@@ -187,6 +187,11 @@ def gather(study: Params, root: Path) -> Material:
             "cells": shown,
             "test_accuracy": statistics.summarize(right[name]),
             "delta": deltas.get(name, none),
+            "no_effect": {
+                reference: seeds
+                for reference in dict.fromkeys((baseline, variant.compared_with))
+                if reference and reference != name and (seeds := evaluation.unaffected(cells, name, reference))
+            },
         }
     results = {
         "study": study.study.name,

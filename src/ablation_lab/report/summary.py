@@ -14,6 +14,8 @@ SEVERAL = (
     "params.yaml compares a variant with one that is a single step away)"
 )
 
+EQUAL = "weights and predictions are byte for byte those of"
+
 
 def facts(study: Params, material: Material) -> list[tuple[str, str]]:
     card, counts = material.card, material.card["counts"]
@@ -92,7 +94,8 @@ def findings(study: Params, results: dict[str, Any], text: Format) -> list[dict[
         delta = variant["delta"]
         if not delta["verdict"]:
             continue
-        said = _sentence(study, variant, text) + _cheaper(variant, results["variants"][study.study.baseline])
+        said = _unaffected(study, variant) or _sentence(study, variant, text)
+        said += _cheaper(variant, results["variants"][study.study.baseline])
         change = "; ".join(changes(variant["differences"]))
         findings.append({"variant": name, "change": change, "text": said, "verdict": delta["verdict"]})
     size = {name: abs(one["delta"]["mean"] or 0) for name, one in results["variants"].items()}
@@ -117,6 +120,14 @@ def _sentence(study: Params, variant: dict[str, Any], text: Format) -> str:
         return f"{said} in the one seed" if seeds == 1 else said
     interval, p = text.interval(delta["ci95"]), text.p(delta["p_adjusted"])
     return f"{said} (95 % interval {interval} points, adjusted {p}, {seeds} seeds){_more_seeds(delta)}"
+
+
+def _unaffected(study: Params, variant: dict[str, Any]) -> str:
+    """That a variant is its reference, where it is with each seed."""
+    same = [name for name, seeds in variant["no_effect"].items() if len(seeds) == len(study.seeds)]
+    if study.study.baseline not in same:
+        return ""
+    return f"this change had no effect: {EQUAL} {study.study.baseline}"
 
 
 def _cheaper(variant: dict[str, Any], base: dict[str, Any]) -> str:
@@ -164,6 +175,11 @@ def checks(study: Params, material: Material, went: dict[str, list[str]], text: 
         before = study.variants[reference]
         if len(params.differences(before, variant)) > 1:
             about.setdefault(SEVERAL, []).append(name)
+        twins = any(lint.startswith("the same network as") for lint in material.networks[name]["lints"])
+        for other, seeds in {} if twins else material.results["variants"][name]["no_effect"].items():
+            some = f" with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+            some = some if len(seeds) < len(study.seeds) else ""
+            about.setdefault(f"this change had no effect{some}: {EQUAL} {other}", []).append(name)
         if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
             about.setdefault(told, []).append(name)

@@ -60,6 +60,8 @@ def variants(study: Params, material: Material, text: Format) -> Table:
         difference = [text.points(delta["mean"])] if delta["verdict"] else ["baseline"]
         if delta["ci95"]:
             difference.append(f"[{text.interval(delta['ci95'], ', ')}]")
+        if len(one["no_effect"].get(study.study.baseline, [])) == len(study.seeds):
+            difference = ["no effect"]
         row: list[str | list[str]] = [
             [name, note] if note else name,
             changes(one["differences"]) or NONE,
