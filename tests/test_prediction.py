@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, write_params
 from PIL import Image
 
-from ablation_lab import cell, files, params, prediction, preprocess, training
+from ablation_lab import cell, cli, files, models, params, prediction, preprocess, training
 from ablation_lab.datasets import digits
 from ablation_lab.errors import LabError
 
@@ -65,9 +65,37 @@ def test_mistakes_are_told(root, variant, seed, path, message):
         prediction.predict(variant, seed, [Path(path)], root)
 
 
-def test_a_network_for_any_size_sees_a_picture_in_its_own_size(root, tmp_path):
-    from ablation_lab import models
+def test_an_image_too_small_for_the_network_is_refused_with_the_least_size(root, tmp_path, monkeypatch, capsys):
+    """A kernel of 3, then pools of 2 pixels: 4 × 4 are the least."""
+    monkeypatch.chdir(root)
+    (root / "dvc.yaml").touch()
+    for height, width in ((4, 4), (4, 30)):
+        prediction.predict("gap", 0, [picture(tmp_path, height, width)], root)
+    for height, width in ((1, 1), (3, 30), (30, 3)):
+        small, other = picture(tmp_path, height, width), picture(tmp_path, 9, 9)
+        with pytest.raises(SystemExit) as ended:
+            monkeypatch.setattr("sys.argv", ["ablab", "predict", "--variant", "gap", str(other), str(small)])
+            cli.main()
+        told = capsys.readouterr()
+        assert ended.value.code == 1 and told.out == ""
+        expected = f"{small}: Expected an image of 4 × 4 pixels (height × width) at least, so that something is left"
+        assert expected in told.err and f"Found: {height} × {width}." in told.err
+    assert prediction.predict("baseline", 0, [picture(tmp_path, 1, 1)], root)  # is resized
 
+
+def test_an_image_too_large_for_the_memory_is_refused_before_it_is_used(root, tmp_path):
+    network = models.load(cell.folder("gap", 0, root), "cnn")
+    with pytest.raises(LabError, match=r"Expected an image that gap has memory for: .* Found: 900000 × 900000 pixels"):
+        prediction._check_size(tmp_path / "x.png", (900_000, 900_000, 1), (8, 8, 1), network, "gap")
+
+
+def test_an_empty_file_is_no_image(root, tmp_path):
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(LabError, match=r"empty.png: Expected a picture .* Found: a file in no format"):
+        prediction.predict("gap", 0, [tmp_path / "empty.png"], root)
+
+
+def test_a_network_for_any_size_sees_a_picture_in_its_own_size(root, tmp_path):
     path = picture(tmp_path, 36, 30)
     with Image.open(path) as image:
         own = np.asarray(image)[np.newaxis, ..., np.newaxis]

@@ -1,16 +1,20 @@
 """Class probabilities of a user's own pictures, by the network of a trained cell."""
 
+import math
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from ablation_lab import backend, cell, files, models, params, preprocess, selection
 from ablation_lab.errors import LabError
 
+NEEDED = 3 * 4  # bytes a number of the largest layer: what it is given, what it gives, and what works on it
 LOGGED = ("models:/", "runs:/")  # what a model in MLflow's store begins with
 
 
@@ -51,6 +55,8 @@ def predict(variant: str, seed: int | None, images: list[Path], root: Path) -> l
         print(f"warning: {variant} was trained with other settings than those of params.yaml", file=sys.stderr)
     backend.set_up(study.variants[variant].train.threads)
     network = models.load(folder, study.variants[variant].model.builder)
+    for path, picture in zip(images, pictures, strict=True):
+        _check_size(path, picture.shape, size, network, variant)
     probabilities = [network.predict(picture[np.newaxis], verbose=0)[0] for picture in pictures]
     return _told(images, variant, seed, card["classes"], probabilities)
 
@@ -63,8 +69,53 @@ def _logged(uri: str, seed: int | None, images: list[Path]) -> list[dict[str, An
     if seed not in (None, about["seed"]):
         raise LabError(f"--seed: Expected {about['seed']}, that of {uri}. Found: {seed}.")
     pictures = [_read(path, about["data"]["resize"], about["image_shape"], about["any_size"]) for path in images]
+    for path, picture in zip(images, pictures, strict=True):
+        _check_size(path, picture.shape, about["image_shape"], model.get_raw_model(), uri)
     probabilities = [model.predict(picture[np.newaxis])[0] for picture in pictures]
     return _told(images, about["variant"], about["seed"], about["classes"], probabilities)
+
+
+def _check_size(path: Path, shape: Sequence[int], trained: Sequence[int], network: Any, name: str) -> None:
+    """Whether a network for any size can work on an image of this one: not where a layer would have nothing left, nor
+    where what it computes has no room in memory.
+
+    Args:
+        shape, trained: height, width, channels of the image, and of those that the network was trained on.
+    """
+    if tuple(shape) == tuple(trained):
+        return
+    values = _largest(network, shape)
+    if values is None and _largest(network, trained):
+        height, width, channels = trained
+        least = [
+            bisect_left(range(1, height), True, key=lambda size: bool(_largest(network, (size, width, channels)))) + 1,
+            bisect_left(range(1, width), True, key=lambda size: bool(_largest(network, (height, size, channels)))) + 1,
+        ]
+        raise LabError(
+            f"{path}: Expected an image of {least[0]} × {least[1]} pixels (height × width) at least, so that something "
+            f"is left after the convolutions and pools of {name}. Found: {shape[0]} × {shape[1]}."
+        )
+    needed, free = NEEDED * (values or 0), psutil.virtual_memory().available
+    if needed > free:
+        raise LabError(
+            f"{path}: Expected an image that {name} has memory for: {free / 1e9:.1f} GB are free. "
+            f"Found: {shape[0]} × {shape[1]} pixels, which take about {needed / 1e9:.1f} GB. Make it smaller."
+        )
+
+
+def _largest(network: Any, shape: Sequence[int]) -> int | None:
+    """How many numbers the largest output of a layer has for an image of this shape, by their shapes alone; None where
+    a layer can't work on what it is given."""
+    from ablation_lab.backend import keras
+
+    layers = [layer for layer in network.layers if not isinstance(layer, keras.layers.InputLayer)]
+    every = keras.Model(network.inputs, [layer.output for layer in layers])
+    try:
+        found = every.compute_output_spec(keras.KerasTensor((1, *shape), "float32"))
+    except ValueError:
+        return None
+    sizes = [math.prod(one.shape) for one in keras.tree.flatten(found)]
+    return max(sizes) if min(sizes) > 0 else None
 
 
 def _told(
