@@ -94,8 +94,14 @@ def load(network: keras.Model, model: dict[str, Any], path: Path) -> None:
         NetworkError: when the file holds the weights of another network.
     """
     backbone = transfer.backbone_of(network)
+    kernels = [weight for weight in backbone.weights if len(weight.shape) > 1]
+    for weight in kernels:
+        weight.assign(np.zeros(weight.shape, np.float32))
     try:
-        backbone.load_weights(path)
+        with warnings.catch_warnings(action="ignore"):  # Keras warns of a layer that it finds no weights of
+            backbone.load_weights(path)
+        if left := next((weight for weight in kernels if not weight.numpy().any()), None):
+            raise ValueError(f"it has no weights of {left.path}")
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, BadZipFile) as error:
         raise NetworkError(
             f"model.weights: Expected the weights of {model['backbone']} without its top. "
