@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import resource
 
@@ -6,7 +7,7 @@ import one_thread  # noqa: F401
 import pytest
 from conftest import ROOT, TINY
 
-from ablation_lab import cell, models, params, plan
+from ablation_lab import cell, models, params, plan, trial
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
@@ -82,6 +83,22 @@ def test_what_does_not_fit_names_variant_and_layer_all_at_once():
             "variants.bad: input.augment.RandomCrop: Expected a Keras layer of augmentation that keeps",
         ),
         ({"input": {"augment": {"RandomRotation": {"factor": 0.1, "interpolation": "xx"}}}}, "variants.bad: "),
+        (
+            {"model": {"activation": "glu"}},
+            "variants.bad: model.activation: Expected a Keras activation that keeps the shape and needs no arguments. Found: glu.",
+        ),
+        (
+            {"model": {"head": {"dense1": {"activation": "threshold"}}}},
+            "variants.bad: model.head.dense1.activation: Expected a Keras activation that keeps the shape and needs no",
+        ),
+        (
+            {"input": {"augment": {"RandomSaturation": {"factor": 0.1}}}},
+            "input.augment.RandomSaturation: Expected images in colour (data.color: rgb), as this layer changes no",
+        ),
+        (
+            {"input": {"augment": {"RandomColorDegeneration": {"factor": 0.1}}}},
+            "input.augment.RandomColorDegeneration: Expected images in colour",
+        ),
     ],
 )
 def test_what_would_stop_a_training_stops_the_plan(patch, message):
@@ -89,6 +106,98 @@ def test_what_would_stop_a_training_stops_the_plan(patch, message):
         describe(study_with(bad=patch))
     assert message in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+TRAINED_ALONE = """
+import keras
+
+@keras.saving.register_keras_serializable("moods")
+class Moody(keras.layers.Layer):
+    def call(self, inputs, training=False):
+        if training:
+            raise ValueError("no training on Mondays")
+        return inputs
+
+def build(image_shape, classes):
+    layers = [keras.Input(image_shape), keras.layers.Flatten(), Moody(), keras.layers.Dense(classes, "softmax")]
+    return keras.Sequential(layers)
+"""
+
+
+def test_a_network_that_fails_in_training_alone_is_refused_in_its_authors_words(tmp_path, monkeypatch):
+    (tmp_path / "moody_network.py").write_text(TRAINED_ALONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"builder": "moody_network:build"} | dict.fromkeys(("blocks", "head", "dropout"))
+    with pytest.raises(LabError) as caught:
+        describe(study_with(own={"model": own}))
+    told = "variants.own: model.builder moody_network:build: Expected a network that can be trained. Found: ValueError:"
+    assert f"{told} no training on Mondays" in str(caught.value)
+
+
+def backbone(**settings) -> params.Params:
+    return params.validate(
+        TINY
+        | {
+            "data": TINY["data"] | {"color": "rgb"},
+            "input": {},
+            "model": {"builder": "transfer", "backbone": "SqueezeNet"} | settings,
+            "variants": {"baseline": {}},
+        }
+    )
+
+
+def test_a_file_of_weights_is_the_backbones(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    for name in ("text.h5", "other.weights.h5"):
+        path = tmp_path / "weights" / name
+        path.parent.mkdir(exist_ok=True)
+        other.save_weights(path) if name.startswith("other") else path.write_text("no weights")
+        with pytest.raises(LabError) as caught:
+            plan.describe(backbone(weights=f"weights/{name}"), (32, 32, 3), 10, tmp_path)
+        assert "model.weights: Expected the weights of SqueezeNet without its top. Found: " in str(caught.value)
+
+
+def test_an_augmentation_that_changes_nothing_is_told():
+    grey = study_with(grey={"input": {"augment": {"RandomGrayscale": {}, "RandomFlip": {}}}})
+    (lint,) = describe(grey)["grey"]["lints"]
+    assert lint.startswith("its RandomGrayscale changes nothing in random images")
+
+
+def test_one_step_is_enough_for_networks_of_one_kind_and_none_where_the_last_plan_had_it(tmp_path, monkeypatch):
+    steps = []
+    run = trial.run
+    monkeypatch.setattr(trial, "run", lambda *given: steps.append(given) or run(*given))
+    study = study_with(
+        wide={"model": {"blocks": {"block1": {"filters": 30}}}},
+        half={"train": {"precision": "mixed_float16"}},
+        rate={"train": {"optimizer": {"learning_rate": 0.5}}},
+    )
+    plan.write(study, described := plan.describe(study, (8, 8, 1), 10, tmp_path), tmp_path)
+    assert len(steps) == 2 and all(one["tried"] for one in described.values())
+    assert plan.describe(study, (8, 8, 1), 10, tmp_path) == described
+    assert len(steps) == 2
+    plan.describe(study_with(tanh={"model": {"activation": "tanh"}}), (8, 8, 1), 10, tmp_path)
+    assert len(steps) == 3
+
+
+def test_a_network_too_large_for_a_step_is_planned_without_one():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = plan.describe(study_with(), (4000, 4000, 3), 10)
+    assert facts["baseline"]["tried"] is None
+    assert f"warning: baseline, no_dropout: {plan.UNTRIED}" in plan.warnings(facts.items())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+def test_variants_with_other_threads_share_no_features():
+    study = backbone()
+    other = copy.deepcopy(study.variants["baseline"])
+    two = other.train.model_copy(update={"threads": 2})
+    study.variants["two"] = dataclasses.replace(other, name="two", train=two)
+    described = plan.describe(study, (32, 32, 3), 10, pictures=100)
+    table = plan.table(study, *plan.rows(study, described, {}, 50, None))
+    assert "Features are shared by variants with equal train.threads only; this study has 1 and 2." in table
+    assert described["baseline"]["frozen"]["id"] != described["two"]["frozen"]["id"]
 
 
 def test_augmentation_is_tried_with_what_a_training_gives_it():

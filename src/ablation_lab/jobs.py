@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ class Job:
     started: float = 0
     seconds: float = 0
     failure: str = ""
+    remark: Callable[["Job"], str] | None = None  # what there is to say of a cell once it is trained
 
     @property
     def name(self) -> str:
@@ -119,6 +121,8 @@ class View:
         )
         line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not job.failure and job.remark and (remark := job.remark(job)):
+            self.console.print(f"warning: {remark}", markup=False, highlight=False, soft_wrap=True)
 
     def refresh(self, running: list[Job], queued: int) -> None:
         if not self.console.is_terminal:

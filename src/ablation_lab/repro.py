@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from ablation_lab import cell, files, jobs, params, runner
+from ablation_lab import cell, files, jobs, params, resume, runner, selection
 from ablation_lab.dvc_command import call, due, keep, locked, prepare, put_in_order
 from ablation_lab.errors import LabError
 
@@ -58,10 +58,15 @@ def _repro(root: Path, at_a_time: int | None, engine: str, address: str | None) 
             waiting = [jobs.job(stage, *cells[name], root, code, card) for name in due(root, list(cells))]
             if not waiting:
                 continue
+            remark = _Unaffected(study, root, stage, waiting)
+            for job in waiting:
+                job.remark = remark
             once = {job.wanted: job for job in reversed(waiting)}
             train(sorted(once.values(), key=lambda job: -job.cost), at_a_time)
             for job in waiting:
                 job.failure = once[job.wanted].failure
+                if not job.failure and (told := remark(job)):  # of cells that another machine has trained
+                    print(f"warning: {told}", file=sys.stderr)
             failed, good = ([job for job in waiting if bool(job.failure) is ended] for ended in (True, False))
             if engine == "local":
                 _keep(good, root)
@@ -73,6 +78,54 @@ def _repro(root: Path, at_a_time: int | None, engine: str, address: str | None) 
                     print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
                 return 1
     return call(root, "repro")
+
+
+class _Unaffected:
+    """Says of a change that it had no effect, as soon as a cell and its reference's of the same seed are trained."""
+
+    def __init__(self, study: params.Params, root: Path, stage: str, waiting: list[jobs.Job]):
+        variants = study.variants
+        if stage == "finetune":
+            chosen = files.read_json(root / cell.SELECTION / selection.CHOICE)["variant"]
+            variants = study.second[chosen]
+        self.root = root
+        self.pairs = {
+            (name, reference)
+            for name, variant in variants.items()
+            for reference in (variant.compared_with, study.study.baseline if stage == "train" else None)
+            if reference and reference != name
+        }
+        self.due = {(job.variant, job.seed): job.wanted for job in waiting}
+
+    def __call__(self, job: jobs.Job) -> str:
+        told = []
+        for name, reference in sorted(self.pairs):
+            if job.variant in (name, reference) and self._equal(name, reference, job.seed):
+                self.pairs.discard((name, reference))
+                told.append(
+                    f"{name}: this change had no effect with seed {job.seed}: weights and predictions are byte for "
+                    f"byte those of {reference}"
+                )
+        return "; ".join(told)
+
+    def _equal(self, name: str, reference: str, seed: int) -> bool:
+        mine, other = self._cell(name, seed), self._cell(reference, seed)
+        if mine is None or other is None:
+            return False
+        results = [files.read_json(folder / cell.RESULT) for folder in (mine, other)]
+        # Equal hashes are one training, of which the plan has warned.
+        if results[0]["cell_hash"] == results[1]["cell_hash"] or "diverged" in [one["status"] for one in results]:
+            return False
+        return all(files.sha256(mine / one) == files.sha256(other / one) for one in (cell.PREDICTIONS, cell.WEIGHTS))
+
+    def _cell(self, name: str, seed: int) -> Path | None:
+        """Where a finished cell of today's plan is: in its place, or among those of earlier calls."""
+        wanted = self.due.get((name, seed))
+        there = cell.folder(name, seed, self.root)
+        if wanted is None:
+            return there if (there / cell.RESULT).exists() else None
+        places = (self.root / resume.FOLDER / wanted / resume.READY, there)
+        return next((place for place in places if cell.is_finished(place, wanted)), None)
 
 
 def _keep(trained: list[jobs.Job], root: Path) -> None:
