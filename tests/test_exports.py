@@ -82,6 +82,7 @@ def test_all_tables_of_the_page_are_written_twice(usual):
     names = {path.name for path in (usual[0] / "tables").iterdir()}
     slugs = {"variants", "reported_and_reproduced", "most_confused_pairs", "f1_of_each_class", "cells"}
     slugs |= {"probability_of_the_actual_class", "pictures_of_each_class"}
+    slugs |= {"timing", "timing_of_cells"}
     slugs |= {"costs", "training_behaviour", "calibration"}
     slugs |= {f"{what}_of_{one}" for what in ("classification_report", "layers") for one in ("baseline", "no_dropout")}
     assert names == {f"{slug}.{suffix}" for slug in slugs for suffix in ("csv", "tex")} | {"numbers.csv"}
@@ -222,7 +223,7 @@ def test_latex_keeps_lines_sides_and_links():
 
 
 def test_names_that_make_one_slug_are_numbered(tmp_path):
-    page = {"quick": None, "scores": {name: Table(name, {"x": "l"}, [["1"]]) for name in ("A-b", "a_b", "猫")}}
+    page = {"mark": None, "scores": {name: Table(name, {"x": "l"}, [["1"]]) for name in ("A-b", "a_b", "猫")}}
     exports.write_tables(page, tmp_path / "tables")
     found = sorted(path.name for path in (tmp_path / "tables").glob("*.csv"))
     assert found == ["a_b.csv", "a_b_2.csv", "table.csv"]

@@ -23,7 +23,7 @@ NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line"
 SCRIPT = f"<script>{Path(pages.__file__).with_name('script.js').read_text(encoding='utf-8')}</script>"
 VOID = {"meta", "img", "br", "wbr"}
 FIGURES = {"accuracy", "difference", "curves", "train_validation", "gap", "confusions", "probabilities"}
-FIGURES |= {"samples", "histogram", "pareto", "calibration"}
+FIGURES |= {"samples", "histogram", "pareto", "timing_pareto", "calibration"}
 # Of the variants of `usual`.
 FIGURES |= {f"{kind}_{name}" for kind in ("mistakes", "network") for name in ("baseline", "no_dropout", "big_pool")}
 
@@ -84,7 +84,7 @@ def usual(tmp_path_factory):
 
 def test_results_keep_the_contract(usual):
     found, _, _ = reports(usual[0])
-    assert list(found) == ["study", "baseline", "data", "variants"]
+    assert list(found) == ["study", "baseline", "partial", "data", "variants"] and found["partial"] is None
     assert set(found["data"]) == {"name", "classes", "counts", "digest"}
     assert list(found["variants"]) == ["baseline", "no_dropout", "big_pool"]
     for variant in found["variants"].values():
@@ -300,7 +300,8 @@ def test_while_the_test_part_is_sealed_nothing_of_it_is_told(tmp_path):
         assert "diverged" not in text and "Confusion" not in text and "Test accuracy" not in text
     drawn = {path.stem for path in (tmp_path / "reports/figures").glob("*.png")}
     networks = {f"network_{name}" for name in study.variants}
-    assert drawn == networks | {"accuracy", "pareto", "curves", "train_validation", "gap", "samples", "histogram"}
+    overview = {"accuracy", "pareto", "timing_pareto", "curves", "train_validation", "gap", "samples", "histogram"}
+    assert drawn == networks | overview
 
 
 def test_missing_results_are_named(tmp_path):
@@ -417,7 +418,7 @@ def test_seconds_to_an_accuracy_that_every_seed_of_the_baseline_reaches(tmp_path
             table.loc[(table.variant == name) & (table.seed == seed), "val_accuracy"] = values
 
     rewrite_curves(tmp_path, change)
-    page = pages.build(study, results.gather(study, tmp_path))["costs"]
+    page = pages.build(study, results.gather(study, tmp_path))["timing"]
     assert list(page.columns)[-1] == "Seconds to 53\xa0%"
     spent = {row[0]: row[-1] for row in page.rows}  # half a second an epoch
     assert spent == {"baseline": "2.25", "slow": "2.50", "half": ["0.50", "1 of 2 seeds"], "never": "never"}

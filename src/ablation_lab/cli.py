@@ -131,6 +131,21 @@ def knockout(
 
 
 @app.command()
+def report(
+    partial: Annotated[
+        bool, typer.Option("--partial", help="From the cells that are trained and up to date, marked as partial.")
+    ] = False,
+) -> None:
+    """Write reports/partial/ while cells are missing. The whole report is made by `dvc repro`."""
+    from ablation_lab.report.partial import write_partial
+
+    if not partial:
+        raise LabError("ablab report: Expected --partial. The whole report is made by `dvc repro report`.")
+    root = _project()
+    print(write_partial(params.load(root / "params.yaml"), root))
+
+
+@app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures of any size and format that Pillow reads.")],
     variant: Annotated[

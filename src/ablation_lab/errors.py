@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,14 @@ NO_MEMORY = re.compile(r"OOM|out.of.memory|Dst tensor is not initialized|failed 
 SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
 )
+# What Keras and TensorFlow put around an exception's own words; where those of a network of the user's lie.
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+WRAPPED = re.compile(r"^Exception encountered when calling .*?\n\n(.*?)(?:\n\nArguments received by .*)?\Z", re.DOTALL)
+GRAPH = re.compile(
+    r'^(Graph execution error:|Detected at node .*|Node: .*| *File ".*", line \d+, in .*|\s*\[\[.*)$\n?', re.M
+)
+NETWORKS = "networks"
+LONGEST = 500  # characters of a reason
 WRITING = "while writing "  # a note of `files.whole` on an error of the operating system's, with the folder
 # What YAML 1.1 reads as a truth value, and YAML 1.2 as a text.
 TRUTHS = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
@@ -78,15 +87,17 @@ def truth_hint(value: Any) -> str:
 
 
 @contextmanager
-def explained(exit_status: int = 1) -> Iterator[None]:
+def explained(exit_status: int = 1, advice: str = "") -> Iterator[None]:
     """End the process with a message instead of a traceback when the user can do something about what gets here.
 
-    That is a `LabError`, what `explanation` knows, Ctrl-C and SIGTERM; anything else is a mistake in this program and
-    keeps its traceback. Enter it before slow imports, in which a signal may come as well.
+    That is a `LabError`, what `explanation` knows, Ctrl-C and SIGTERM. Anything else is a mistake in this program or in
+    a network of the user's: its traceback comes first, then its `reason`, and the process returns 1. Enter it before
+    slow imports, in which a signal may come as well.
 
     Args:
         exit_status: what the process returns after an error. After Ctrl-C it is 130 and after SIGTERM 143, as in a
             shell; both unwind the stack, so that what is open is closed.
+        advice: what is printed after an error.
     """
     received: list[int] = []
 
@@ -108,8 +119,11 @@ def explained(exit_status: int = 1) -> Iterator[None]:
             sys.exit(128 + (received or [signal.SIGINT])[0])
         text = str(error) if isinstance(error, LabError) else explanation(error)
         if text is None:
-            raise
-        print(f"\nerror: {text}", file=sys.stderr)
+            if not isinstance(error, Exception):
+                raise
+            print(COLOURS.sub("", "".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            text, exit_status = reason(error), 1
+        print(f"\nerror: {text}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
         sys.exit(exit_status)
     finally:
         for number in signals:
@@ -119,7 +133,7 @@ def explained(exit_status: int = 1) -> Iterator[None]:
 def explanation(error: BaseException) -> str | None:
     """What to tell about a full disk, a file that can't be written, or too little memory; None about anything else."""
     if _lacks_memory(error):
-        found = str(error).strip().splitlines() or ["none left"]
+        found = words(error).splitlines() or ["none left"]
         return f"memory: Expected more of it. Found: {found[0][:200]}. {SMALLER}. {KEPT}"
     for one in _chain(error):
         number = _number(one)
@@ -134,6 +148,28 @@ def explanation(error: BaseException) -> str | None:
         free = f" ({_free(place) / 1e6:,.1f} MB are free)" if number in FULL else ""
         return f"{place}: Expected {expected}. Found: {os.strerror(number)}{free}. {remedy}. {KEPT}"
     return None
+
+
+def reason(error: BaseException) -> str:
+    """An exception in at most `LONGEST` characters: where in a network of the user's it was raised, if it was, its type
+    and its own words."""
+    told = f"{type(error).__name__}: {words(error)}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if Path(one.filename).parent.name == NETWORKS and "site-packages" not in one.filename]
+    if own:
+        told = f"{NETWORKS}/{Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}: {told}"
+    return told if len(told) <= LONGEST else f"{told[: LONGEST - 1]}…"
+
+
+def words(error: BaseException) -> str:
+    """An exception's own words, without what Keras and TensorFlow put around them, and without colours."""
+    text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    text = COLOURS.sub("", text)
+    if wrapped := WRAPPED.match(text):
+        text = wrapped[1]
+    if text.startswith("Graph execution error:"):
+        text = GRAPH.sub("", text)
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,14 @@ def _calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any
     }
 
 
-def evaluate(study: Params, root: Path = Path()) -> None:
-    """Score all cells of a study and write `evaluation/`; other folders in `cells/` are ignored.
+def evaluate(
+    study: Params, root: Path = Path(), cells: Sequence[tuple[str, int]] | None = None, out: Path | None = None
+) -> None:
+    """Score the cells of a study and write `evaluation/`; other folders in `cells/` are ignored.
+
+    Args:
+        cells: the cells to score, some of the study's; all of them by default.
+        out: the folder to write, `evaluation/` by default.
 
     Raises:
         LabError: when a cell, or a file of one, is missing or does not belong to this study's data.
@@ -110,7 +116,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
     scored, correct, curves = [], [], []
     shown, labels = np.zeros(0, int), None
     parts = scored_parts(study)
-    for variant, seed in study.cells:
+    for variant, seed in study.cells if cells is None else cells:
         folder = cell.folder(variant, seed, root)
         predictions = _predictions(folder / cell.PREDICTIONS, len(names))
         if labels is None:
@@ -137,7 +143,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
         scored[-1]["fingerprint"] = None if fit["status"] == "diverged" else _digest(predictions)
     _add_weights(scored, root)
 
-    with files.whole(root / "evaluation") as out:
+    with files.whole(out or root / "evaluation") as out:
         lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in scored)
         (out / "cells.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         np.save(out / "correct.npy", np.array(correct))
@@ -148,6 +154,7 @@ def evaluate(study: Params, root: Path = Path()) -> None:
             name: _means([row for row in rows if row["variant"] == name], parts)
             | {"parameters": networks[name]["parameters"]}
             for name in study.variants
+            if any(row["variant"] == name for row in rows)
         }
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         # Zipped with nothing, and so empty, where the test part is sealed or the training diverged.

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ablation_lab import cell, files
 from ablation_lab.errors import LabError
+from ablation_lab.words import counted, duration
 
 # Of a training on a GPU: CUDA's own bytes, with room for what its libraries work with, and copies of a number: of a
 # weight, its gradient and what an optimizer remembers; of what a layer gives, its gradient.
@@ -106,7 +107,7 @@ class View:
         if self.console.is_terminal:
             self.live.start()
         else:
-            print(f"{len(self.all)} cells, {self.jobs} at a time", file=sys.stderr, flush=True)
+            print(f"{counted(len(self.all), 'cell')}, {self.jobs} at a time", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,10 +115,11 @@ class View:
 
     def ended(self, job: Job) -> None:
         self.done.append(job)
+        result = _result(job)
         told = (
             f"failed: {job.failure.splitlines()[0]}"
             if job.failure
-            else f"{job.seconds:.0f} s{_accuracy(job, ', validation accuracy ')}"
+            else ", ".join([duration(job.seconds), *([result] if result else [])])
         )
         line = f"{job.name}: {told} ({len(self.done)} of {len(self.all)}{self._left()})"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -127,15 +129,19 @@ class View:
     def refresh(self, running: list[Job], queued: int) -> None:
         if not self.console.is_terminal:
             return
-        table = Table(box=None, title_justify="left", title=f"{len(self.done)} of {len(self.all)} cells{self._left()}")
+        table = Table(box=None, title_justify="left", title=f"{self._done()}{self._left()}")
         for heading in ("cell", "epoch", "validation accuracy", "seconds"):
             table.add_column(heading, justify="left" if heading == "cell" else "right")
         for job in running:
             epoch = f"{int(job.row.get('epoch', 0))}/{job.epochs}"
             seconds = f"{time.monotonic() - job.started:.0f}"
-            table.add_row(job.name, epoch, _accuracy(job), seconds)
+            shown = "diverged" if _diverged(job) else _accuracy(job)
+            table.add_row(job.name, epoch, shown, seconds)
         table.add_row(f"{queued} waiting", "", "", "")
         self.live.update(table)
+
+    def _done(self) -> str:
+        return f"{len(self.done)} of {counted(len(self.all), 'cell')}"
 
     def _left(self) -> str:
         known = [job for job in self.done if not job.failure]
@@ -145,8 +151,20 @@ class View:
             return ""
         rest = sum(job.cost for job in self.all) - sum(job.cost for job in self.done)
         spent = sum(job.seconds for job in known) / sum(job.cost for job in known)
-        return f", about {max(1, round(rest * spent / self.jobs / 60))} min left"
+        return f", about {duration(rest * spent / self.jobs)} left"
 
 
-def _accuracy(job: Job, before: str = "") -> str:
-    return f"{before}{job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""
+def _diverged(job: Job) -> bool:
+    """Whether the last epoch's losses are no numbers: `training.Recorder` ends such a training, which hasn't failed."""
+    return not all(math.isfinite(job.row.get(key, 0)) for key in ("loss", "val_loss"))
+
+
+def _accuracy(job: Job) -> str:
+    return f"{job.row['val_accuracy']:.1%}" if "val_accuracy" in job.row else ""
+
+
+def _result(job: Job) -> str:
+    """What a cell that ended has reached; nothing of one that was trained before."""
+    if _diverged(job):
+        return f"diverged in epoch {int(job.row['epoch'])}"
+    return f"validation accuracy {_accuracy(job)}" if _accuracy(job) else ""

@@ -114,7 +114,7 @@ def _told(error: Exception, sent: dict[str, Any]) -> str:
     if isinstance(error, Refused) or (known and isinstance(error, known.LabError)):
         text = str(error)
     else:
-        text = (known and known.explanation(error)) or f"{type(error).__name__}: {error}"
+        text = (known and (known.explanation(error) or known.reason(error))) or f"{type(error).__name__}: {error}"
     where = ""
     if isinstance(error, Refused) and KEYS.search(text) and (remote := sent["config"]["core"].get("remote")):
         where = (

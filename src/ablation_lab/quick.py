@@ -25,7 +25,7 @@ def run(root: Path) -> int:
     params.load(root / "params.yaml")
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
-    for name in ("src", "stages", "networks"):
+    for name in ("src", "stages", "networks", "studies"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     if not (folder / "weights").is_symlink():

@@ -71,11 +71,14 @@ def _repro(root: Path, at_a_time: int | None, engine: str, address: str | None) 
             if engine == "local":
                 _keep(good, root)
             if failed:
-                # What has been trained is kept; DVC alone would try the others once more.
-                if good:
-                    call(root, "repro", "--keep-going", "--single-item", *(job.stage_name for job in good))
+                # What has been trained is kept, what is in DVC's cache comes from there; DVC alone would try the
+                # failed cells once more.
+                lost = {job.stage_name for job in failed}
+                if others := [name for name in cells if name not in lost]:
+                    call(root, "repro", "--keep-going", "--single-item", *others)
                 for job in failed:
                     print(f"\nerror: {job.stage_name}: {job.failure}", file=sys.stderr)
+                _report_the_others(study, failed, root)
                 return 1
     return call(root, "repro")
 
@@ -133,6 +136,26 @@ def _keep(trained: list[jobs.Job], root: Path) -> None:
     wanted = {job.stage_name: job.wanted for job in trained}
     makers = {job.stage_name: partial(runner.take, job.stage, job.variant, job.seed) for job in trained}
     keep(root, makers, lambda name: runner.taken(wanted[name]))
+
+
+def _report_the_others(study: params.Params, failed: list[jobs.Job], root: Path) -> None:
+    """Report the cells that are there, and say what a user can do about those that failed."""
+    from ablation_lab.report import partial
+
+    try:
+        print(f"\n{partial.write_partial(study, root, {(job.variant, job.seed): job.failure for job in failed})}")
+    except LabError as error:
+        print(f"\nNo partial report: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    if (root / "reports/report.html").exists():
+        print("\nreports/report.html is the report of an earlier state: it was not made again.", file=sys.stderr)
+    names = [name for name in dict.fromkeys(job.variant for job in failed) if name != study.study.baseline]
+    if names:
+        print(
+            f"\nFor the whole report without {' and '.join(names)}, remove {'it' if len(names) == 1 else 'them'} from "
+            "params.yaml and run `ablab repro`: the other cells are kept, none of them is trained again.",
+            file=sys.stderr,
+        )
 
 
 def _engine(name: str, address: str | None, root: Path, code: dict[str, str]) -> AbstractContextManager[jobs.Engine]:

@@ -140,7 +140,7 @@ def resolution(variant: Correct, reference: Correct) -> float | None:
     if not (_whole(variant) and _whole(reference)):
         return None
     table = _table(variant, reference)
-    if table.shape[1] < 2:
+    if min(table.shape) < 1 or table.shape[1] < 2:
         return None
     if len(table) < 2:
         of_pictures = float(table[0].var(ddof=1))
@@ -154,10 +154,10 @@ def summarize(correct: Correct) -> dict[str, Any]:
     """Accuracy of one variant: mean, sample standard deviation (n - 1) of its seeds, and 95 % interval of the mean, cut
     off at 0 and 1.
 
-    None among them (a diverged cell) makes everything None: the mean of the survivors would flatter the variant. One
-    seed has neither spread nor interval.
+    None among them (a diverged cell) makes everything None: the mean of the survivors would flatter the variant; so
+    does a variant without cells. One seed has neither spread nor interval.
     """
-    if not _whole(correct):
+    if not correct or not _whole(correct):
         return {"mean": None, "std": None, "ci95": None}
     table = np.array([np.asarray(flags) for flags in correct.values()]).astype(np.int8)
     accuracies = table.mean(axis=1)
@@ -180,7 +180,8 @@ def compare(correct: Mapping[str, Correct], references: Mapping[str, str]) -> di
 
         - `better` or `worse` when p_adjusted < 0.05, else `indistinguishable`, then with the number of seeds that would
           tell a difference like this one apart (`seeds_needed`; None: no number would, or there is no difference);
-        - `undetermined` when there is nothing to test with: one seed, one test picture, or a reference that diverged;
+        - `undetermined` when there is nothing to test with: one seed, one test picture, or a reference that diverged or
+          has no seed in common with the variant;
         - `diverged`, without numbers, when a cell of the variant diverged.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -189,14 +190,16 @@ def compare(correct: Mapping[str, Correct], references: Mapping[str, str]) -> di
     asked: dict[tuple, list[str]] = {}
     analyses: dict[str, Analysis] = {}
     distinct = {_identity(cells): cells for cells in correct.values() if _whole(cells)}
-    accuracies = [[float(np.mean(np.asarray(flags))) for flags in cells.values()] for cells in distinct.values()]
-    usual = usual_spread(np.array(accuracies))
+    # A partial report has variants with fewer seeds than others: only those with the most are alike enough.
+    most = max((tuple(cells) for cells in distinct.values()), key=len, default=())
+    alike = [cells for cells in distinct.values() if tuple(cells) == most]
+    usual = usual_spread(np.array([[float(np.mean(np.asarray(flags))) for flags in cells.values()] for cells in alike]))
     for name, reference in references.items():
         found[name] = {"mean": None, "ci95": None, "p_adjusted": None, "verdict": "undetermined", "seeds_needed": None}
         variant, other = correct[name], correct[reference]
         if not _whole(variant):
             found[name]["verdict"] = "diverged"
-        elif _whole(other):
+        elif _whole(other) and variant.keys() & other.keys():
             table = _table(variant, other)
             found[name]["mean"] = int(table.sum(dtype=np.int64)) / table.size
             if min(table.shape) < 2:
@@ -227,8 +230,11 @@ def _whole(cells: Correct) -> bool:
 
 
 def _table(variant: Correct, reference: Correct) -> np.ndarray:
-    """Seeds × test pictures: 1 where only the variant is right, −1 where only the reference is."""
-    return np.array([np.asarray(flags).astype(np.int8) - np.asarray(reference[s]) for s, flags in variant.items()])
+    """Seeds × test pictures: 1 where only the variant is right, −1 where only the reference is. Of the seeds that both
+    have; no rows where they have none in common."""
+    shared = [(flags, reference[seed]) for seed, flags in variant.items() if seed in reference]
+    rows = [np.asarray(flags).astype(np.int8) - np.asarray(other) for flags, other in shared]
+    return np.array(rows) if rows else np.empty((0, 0), np.int8)
 
 
 def _identity(cells: Correct) -> tuple:

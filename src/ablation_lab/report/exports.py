@@ -83,7 +83,7 @@ def write_tables(page: Mapping[str, Any], folder: Path) -> None:
             slug = f"{first}_{number}"
         taken.add(slug)
         (folder / f"{slug}.csv").write_text(csv(table), encoding="utf-8", newline="\n")
-        (folder / f"{slug}.tex").write_text(latex(table, slug, page["quick"]), encoding="utf-8", newline="\n")
+        (folder / f"{slug}.tex").write_text(latex(table, slug, page["mark"]), encoding="utf-8", newline="\n")
 
 
 def numbers(results: Mapping[str, Any]) -> str:

@@ -16,9 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from ablation_lab.params import Params
-from ablation_lab.report import drawing, style
-from ablation_lab.report.results import EXAMPLES, Material, mean_of, validation_means
+from ablation_lab.report import budget, drawing, style
+from ablation_lab.report.results import EXAMPLES, Material, lacking, mean_of, validation_means
 from ablation_lab.report.wording import si
+from ablation_lab.words import counted, percent
 
 QUICK = "QUICK CHECK: a sliver of data, not a result"
 BASELINE = "#000000"
@@ -51,10 +52,19 @@ class Drawn:
     caption: str
 
 
+def mark(study: Params, material: Material) -> str | None:
+    """What every table and figure says of a report that is not the whole study's."""
+    partial = material.results["partial"]
+    told = [QUICK] if study.study.quick else []
+    told += [f"PARTIAL REPORT: {partial['cells']} of {counted(partial['of'], 'cell')}"] if partial else []
+    return "; ".join(told) or None
+
+
 def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
     """Draw all figures into a folder, each as PNG and as SVG, by the name of their files without the suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
+    marked = mark(study, material)
     overview = OVERVIEW if material.shown else UNSCORED
     makes: dict[str, Callable[..., tuple[Figure | None, str, str, str]]] = {make.__name__: make for make in overview}
     makes |= {f"mistakes_{name}": partial(mistakes, name=name) for name in _detailed(study, material)}
@@ -66,9 +76,9 @@ def draw(study: Params, material: Material, folder: Path) -> dict[str, Drawn]:
             figure, title, alt, caption = make(study, material)
             if figure is None:
                 continue
-            if study.study.quick and not name.startswith("network_"):
-                figure.suptitle(QUICK, color="#B00020", fontsize=13, fontweight="bold")
-                alt = f"{QUICK}. {alt}"
+            if marked and not name.startswith("network_"):
+                figure.suptitle(marked, color="#B00020", fontsize=13 if len(marked) < 50 else 9, fontweight="bold")
+                alt = f"{marked}. {alt}"
             _save(figure, folder / f"{name}.png", photographs=name.split("_")[0] in PHOTOGRAPHS)
             drawn[name] = Drawn(f"{name}.png", title, alt, caption)
     return drawn
@@ -90,7 +100,7 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         if mean is not None:
             axes.plot([mean, mean], [row - 0.27, row + 0.27], color=color, linewidth=3, solid_capstyle="butt")
         elif not values:
-            axes.text(0.02, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
+            axes.text(0.02, row, lacking(variant), transform=axes.get_yaxis_transform(), va="center", color="#B00020")
         else:
             text = f"{len(variant['cells']) - len(values)} of {len(variant['cells'])} diverged"
             low: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center", "fontsize": 9}
@@ -109,8 +119,11 @@ def accuracy(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         caption += " Line: 95 % interval of the mean, over seeds and test pictures."
     caption += " Dashed: the baseline."
     caption += " Star: what the authors reported." if reported else ""
+    if reported and any(budget.cuts(study, material.source, material.card, name) for name in names):
+        caption += f" {budget.NO_FAILURE}"
     means = {name: mean_of(material.results["variants"][name], key) for name in names}
-    told = "; ".join(f"{name} {'diverged' if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
+    gone = {name: lacking(material.results["variants"][name]) for name in names}
+    told = "; ".join(f"{name} {gone[name] if mean is None else f'{mean:.2%}'}" for name, mean in means.items())
     title = f"{part.capitalize()} accuracy"
     return figure, title, f"{title} of each variant, mean over seeds: {told}.", caption + which
 
@@ -123,7 +136,8 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
     seen = []
     for row, delta in enumerate(others.values()):
         if delta["mean"] is None:
-            text = "diverged" if delta["verdict"] == "diverged" else "the baseline diverged"
+            base = material.results["variants"][study.study.baseline]
+            text = "diverged" if delta["verdict"] == "diverged" else f"the baseline {_gone(base)}"
             white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             transform = axes.get_yaxis_transform()
             axes.text(0.02, row, text, transform=transform, va="center", color="#B00020", bbox=white)
@@ -155,6 +169,13 @@ def difference(study: Params, material: Material) -> tuple[Figure, str, str, str
     )
     alt = f"Difference of each variant from the baseline: {told}."
     return figure, "Difference from the baseline", alt, caption + which
+
+
+def _gone(baseline: dict[str, Any]) -> str:
+    """Why nothing can be compared with the baseline."""
+    if not baseline["cells"]:
+        return "is missing"
+    return "diverged" if baseline["test_accuracy"]["mean"] is None else "has other seeds"
 
 
 def curves(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -252,7 +273,8 @@ def confusions(study: Params, material: Material) -> tuple[Figure, str, str, str
         shares = np.full((len(names), len(names)), np.nan) if counts is None else style.row_shares(counts)
         image = style.confusion(axes, shares, names)
         if counts is None:
-            axes.text(0.5, 0.5, "diverged", transform=axes.transAxes, ha="center", va="center", color="#B00020")
+            gone = lacking(material.results["variants"][name])
+            axes.text(0.5, 0.5, gone, transform=axes.transAxes, ha="center", va="center", color="#B00020")
         if index % columns:
             axes.set_ylabel("")
         if index < len(variants) - columns:
@@ -291,16 +313,32 @@ def roc(study: Params, material: Material) -> tuple[Figure | None, str, str, str
 
 
 def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
-    """Accuracy against three costs, and the variants that no other one beats in both."""
+    """Accuracy against two sizes, and the variants that no other one beats in both."""
+    costs = {
+        "parameters": {name: one["parameters"] for name, one in material.networks.items()},
+        "MACs a picture": {name: one["macs"] for name, one in material.networks.items()},
+    }
+    return _against(study, material, costs, "Accuracy against cost")
+
+
+def timing_pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
+    """The same against what a clock measured, in a file of its own."""
+    spent = {name: one["seconds_per_epoch"] for name, one in material.timings["variants"].items()}
+    return _against(study, material, {"seconds an epoch": spent}, "Accuracy against time")
+
+
+def _against(
+    study: Params, material: Material, costs: dict[str, dict[str, float]], title: str
+) -> tuple[Figure, str, str, str]:
     part = "test" if material.shown else "validation"
     names, which = telling(study, material, DISTINCT)
     labels = {name: _wrap(name, 26) for name in names}
     figure = Figure(figsize=(style.WIDTH, 3.4 + 0.24 * -(-len(labels) // 2)), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     means = {name: mean_of(material.results["variants"][name], f"{part}_accuracy") for name in names}
     told = []
-    for axes, (what, costs) in zip(panels, _costs(material).items(), strict=True):
-        points = {name: (costs[name], mean) for name, mean in means.items() if mean is not None and costs[name]}
+    for axes, (what, cost_of) in zip(panels, costs.items(), strict=True):
+        points = {name: (cost_of[name], mean) for name, mean in means.items() if mean is not None and cost_of[name]}
         best = [
             name
             for name, (cost, mean) in points.items()
@@ -326,16 +364,7 @@ def pareto(study: Params, material: Material) -> tuple[Figure, str, str, str]:
     )
     caption += "by their means; neighbours may be indistinguishable. Star: the baseline."
     alt = f"Accuracy against cost; on the Pareto front of {'; '.join(told)}."
-    return figure, "Accuracy against cost", alt, caption + which
-
-
-def _costs(material: Material) -> dict[str, dict[str, float]]:
-    timings = material.timings["variants"]
-    return {
-        "parameters": {name: one["parameters"] for name, one in material.networks.items()},
-        "MACs a picture": {name: one["macs"] for name, one in material.networks.items()},
-        "seconds an epoch": {name: one["seconds_per_epoch"] for name, one in timings.items()},
-    }
+    return figure, title, alt, caption + which
 
 
 def calibration(study: Params, material: Material) -> tuple[Figure, str, str, str]:
@@ -375,8 +404,9 @@ def gap(study: Params, material: Material) -> tuple[Figure, str, str, str]:
         color = _looks(study, name)["color"]
         values = material.gaps(name)
         if not values:
-            axes.text(0.02, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
-            told.append(f"{name} diverged")
+            gone = lacking(material.results["variants"][name])
+            axes.text(0.02, row, gone, transform=axes.get_yaxis_transform(), va="center", color="#B00020")
+            told.append(f"{name} {gone}")
             continue
         axes.plot(values, _spread(row, len(values)), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
         mean = float(np.mean(values))
@@ -441,7 +471,7 @@ def mistakes(study: Params, material: Material, name: str) -> tuple[Figure | Non
         lines = [drawing.short(names[one.actual], 14), f"→ {drawing.short(names[one.predicted], 12)}"]
         axes.set_title("\n".join([*lines, f"{100 * one.probability:.0f} %"]), fontsize=8)
     for part, pair in zip(parts, pairs, strict=True):
-        share = f"{100 * pair.count / pair.of:.0f} % of {drawing.short(names[pair.actual], 20)}"
+        share = f"{percent(pair.count / pair.of)} of {drawing.short(names[pair.actual], 20)}"
         title = (
             f"{drawing.short(names[pair.actual], 20)} taken for {drawing.short(names[pair.predicted], 20)} ({share})"
         )
@@ -517,11 +547,11 @@ def histogram(study: Params, material: Material) -> tuple[Figure, str, str, str]
 
 # What every report shows; `draw` adds figures of single variants.
 OVERVIEW = (
-    *(accuracy, difference, roc, pareto, curves, train_validation, gap, confusions, calibration),
+    *(accuracy, difference, roc, pareto, timing_pareto, curves, train_validation, gap, confusions, calibration),
     *(probabilities, samples, histogram),
 )
 # While the test part is sealed.
-UNSCORED = (accuracy, pareto, curves, train_validation, gap, samples, histogram)
+UNSCORED = (accuracy, pareto, timing_pareto, curves, train_validation, gap, samples, histogram)
 
 
 PHOTOGRAPHS = ("samples", "probabilities", "mistakes")
@@ -542,7 +572,10 @@ def _save(figure: Figure, file: Path, photographs: bool) -> None:
 def _best(study: Params, material: Material) -> str:
     """The variant that is best on the validation part, a mean over seeds; the baseline where all diverged."""
     means = validation_means(material.results)
-    return max(means, key=lambda name: means[name]) if means else study.study.baseline
+    if means:
+        return max(means, key=lambda name: means[name])
+    there = [name for name, one in material.results["variants"].items() if one["cells"]]
+    return study.study.baseline if study.study.baseline in there else there[0]
 
 
 def _detailed(study: Params, material: Material) -> list[str]:

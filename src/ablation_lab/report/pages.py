@@ -18,8 +18,8 @@ from markupsafe import Markup, escape
 from tabulate import tabulate
 
 from ablation_lab.params import Params
-from ablation_lab.report import summary, tables
-from ablation_lab.report.figures import QUICK, Drawn
+from ablation_lab.report import budget, summary, tables
+from ablation_lab.report.figures import Drawn, mark
 from ablation_lab.report.results import Material
 from ablation_lab.report.wording import EMPHASIS, VERDICT_ORDER, Format, decimals
 
@@ -37,15 +37,18 @@ def build(study: Params, material: Material) -> dict[str, Any]:
     results, card = material.results, material.card
     text = Format(decimals(results, card["counts"]["test"]))
     went = {name: tables.seen(study, material, name) for name in study.variants}
-    quick = QUICK if study.study.quick else None
+    cut = budget.told(study, material.source, card)
     return {
-        "quick": quick,
+        "cut": cut,
+        "mark": mark(study, material),
+        "missing": summary.missing(results),
+        "folder": "reports/partial/" if results["partial"] else "reports/",
         "title": study.study.title or study.study.name,
         "name": study.study.name,
         "notes": [part for part in re.split(r"\n\s*\n", study.study.notes or "") if part.strip()],
         "facts": summary.facts(study, material),
         "sealed": SEALED if material.shown is None else None,
-        "headline": summary.headline(study, results, text) + summary.selected(material, text),
+        "headline": [*cut, *summary.headline(study, results, text), *summary.selected(material, text)],
         "findings": [] if material.shown is None else summary.findings(study, results, text),
         "limits": summary.limits(study, material, text),
         "checks": summary.checks(study, material, went, text),
@@ -53,8 +56,11 @@ def build(study: Params, material: Material) -> dict[str, Any]:
         "selection": tables.selection(material, text),
         "steps": tables.steps(study, material, text),
         "costs": tables.costs(study, material),
+        "timing": tables.timing(study, material),
+        "timing_of_cells": tables.timing_of_cells(material),
         "behaviour": tables.behaviour(study, material, went),
         "reported": tables.reported(study, material, text),
+        "timing_reported": tables.timing_reported(material),
         "binary": tables.binary(study, material, text),
         "errors": tables.mistakes(study, material, text),
         "cells": tables.cells(study, material, text),
@@ -107,16 +113,19 @@ def _markdown_note(text: str) -> Markup:
 def text_table(page: dict[str, Any]) -> str:
     """The table of variants for a terminal, notes and changes left out."""
     table = page["variants"]
-    shown = ("Variant", "Test", "Difference", "Verdict", "Validation", "Parameters", "s/epoch", "Best epoch")
+    shown = ("Variant", "Test", "Difference", "Verdict", "Validation", "Parameters", "Best epoch")
     columns = [(i, head) for i, head in enumerate(table.columns) if head in shown]
     rows = []
     for row in table.rows:
         cells = [(head, row[i]) for i, head in columns]
         rows.append([cell if isinstance(cell, str) else _line(head, cell) for head, cell in cells])
-    align = ["left" if table.columns[head] in "lv" else "right" for _, head in columns]
-    lines = tabulate(rows, [head for _, head in columns], disable_numparse=True, colalign=align)
+    seconds = page["timing"].rows  # of the same variants
+    rows = [[*row, timing[1]] for row, timing in zip(rows, seconds, strict=True)]
+    align = [*("left" if table.columns[head] in "lv" else "right" for _, head in columns), "right"]
+    lines = tabulate(rows, [*(head for _, head in columns), "s/epoch"], disable_numparse=True, colalign=align)
     lines = lines.replace("\xa0", " ")
-    return f"{page['quick']}\n\n{lines}" if page["quick"] else lines
+    above = [*([page["mark"]] if page["mark"] else []), *page["cut"]]
+    return "\n\n".join([*above, lines])
 
 
 def _line(head: str, lines: list[str]) -> str:

@@ -16,7 +16,7 @@ VERSIONS = ("python", "tensorflow", "keras", "numpy", "dvc", "mlflow")
 def gather(study: Params, material: Material, root: Path) -> dict[str, Any]:
     """What `provenance.json` holds. What a cell does not tell, as one that was trained without git, is None."""
     cells: dict[str, dict[str, Any]] = {name: {} for name in study.variants}
-    for name, seed in study.cells:
+    for name, seed in (one for one in study.cells if one in material.cells):
         timing = files.read_json(cell.folder(name, seed, root) / cell.TIMING)
         made = timing.get("made", {})
         cells[name][str(seed)] = {

@@ -12,6 +12,7 @@ from PIL import Image
 from ablation_lab import cell, evaluation, files, selection, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
+from ablation_lab.report import budget
 
 LARGEST = 96  # pixels of a shown picture's longer side
 PAIRS, EXAMPLES = 3, 5  # pairs of confused classes that are shown for a variant, and pictures of each
@@ -66,13 +67,15 @@ class Material:
         duplicates: data/processed/duplicates.json; None where the pictures were prepared before there was one.
         pictures: sample pictures (uint8) with their class numbers.
         mistakes: of each variant that did not diverge, the pairs of classes that it confuses most.
-        shown: a few test pictures with the probabilities that each variant gave them; None while they are sealed.
+        shown: a few test pictures with the probabilities that each variant gave them, where it has cells; None while
+            they are sealed.
         choice: selection/start/choice.json; None in a study of one phase.
         roc: of a problem with two classes, by variant the points of each seed's ROC curve on the test part: rates of
             false and of true positives, (2, thresholds).
         surest: of each variant that did not diverge, the first seed's wrong answers that it was surest of.
         resolution: of each variant, half the interval that the choice of test pictures alone leaves to its difference
             from the baseline; None where there is no difference.
+        source: the ready-made study of the same name, `studies/<name>.yaml`; None where there is none.
         target: the highest whole per cent of validation accuracy that every seed of the baseline reaches; None where
             one diverged.
     """
@@ -93,6 +96,7 @@ class Material:
     surest: dict[str, list[Wrong]]
     resolution: dict[str, float | None]
     target: float | None
+    source: Params | None
 
     def confusion(self, variant: str) -> np.ndarray | None:
         """Counts of the test part, actual × predicted, summed over the seeds; None where one diverged."""
@@ -136,25 +140,37 @@ def mean_of(variant: dict[str, Any], key: str) -> float | None:
     return _mean([cell[key] for cell in variant["cells"].values()])
 
 
-def gather(study: Params, root: Path) -> Material:
-    """Read the earlier stages' results and compare the variants."""
+def lacking(variant: dict[str, Any]) -> str:
+    """Why a variant has no mean: a seed diverged or, in a partial report, all its cells are missing."""
+    return "diverged" if variant["cells"] else "missing"
+
+
+def gather(study: Params, root: Path, evaluated: Path | None = None, partial: dict[str, Any] | None = None) -> Material:
+    """Read the earlier stages' results and compare the variants.
+
+    Args:
+        evaluated: the folder that `evaluate` wrote, `evaluation/` by default.
+        partial: what `results.json` says of the cells that are missing; None where all cells have to be there.
+    """
+    evaluated = evaluated or root / "evaluation"
     networks = {name: folded(files.read_json(cell.plan_file(name, root, "networks/"))) for name in study.variants}
     card = files.read_json(root / "data/processed/card.json")
-    listed = files.read_json(root / "evaluation/cells.json")
+    listed = files.read_json(evaluated / "cells.json")
     cells = {(cell["variant"], cell["seed"]): cell for cell in listed}
-    lacking = [f"{name}-{seed}" for name, seed in study.cells if (name, seed) not in cells]
-    if lacking:
+    absent = [f"{name}-{seed}" for name, seed in study.cells if (name, seed) not in cells]
+    if absent and not partial:
         raise LabError(
-            f"{root / 'evaluation/cells.json'}: Expected all cells of the study. Found: none of {', '.join(lacking)}. "
+            f"{evaluated / 'cells.json'}: Expected all cells of the study. Found: none of {', '.join(absent)}. "
             "Run `dvc repro`."
         )
+    seeds = {name: [seed for seed in study.seeds if (name, seed) in cells] for name in study.variants}
     try:
         images = np.load(root / "data/processed/images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(root / "data/processed/labels.npy", allow_pickle=False)
         parts = {part: np.load(root / f"data/processed/{part}.npy", allow_pickle=False) for part in ("train", "test")}
-        flags = np.load(root / "evaluation/correct.npy", allow_pickle=False)
+        flags = np.load(evaluated / "correct.npy", allow_pickle=False)
         curves = pd.read_csv(
-            root / "evaluation/curves.csv",
+            evaluated / "curves.csv",
             dtype={"variant": str},
             keep_default_na=False,  # a variant may be called None
             na_values={column: "" for column in evaluation.CURVES},
@@ -178,7 +194,7 @@ def gather(study: Params, root: Path) -> Material:
         deltas, steps = {name: none | {"verdict": "undetermined"} for name in others}, {}
     variants = {}
     for name, variant in study.variants.items():
-        shown = {str(seed): _cell(cells[name, seed]) for seed in study.seeds}
+        shown = {str(seed): _cell(cells[name, seed]) for seed in seeds[name]}
         variants[name] = {
             "parameters": networks[name]["parameters"],
             "macs": networks[name]["macs"],
@@ -196,13 +212,14 @@ def gather(study: Params, root: Path) -> Material:
     results = {
         "study": study.study.name,
         "baseline": baseline,
+        "partial": partial,
         "data": {key: card[key] for key in ("name", "classes", "counts", "digest")},
         "variants": variants,
     }
-    wrong = {name: _wrong_answers(study, name, cells, images, parts["test"], root) for name in study.variants}
+    wrong = {name: _wrong_answers(seeds[name], name, cells, images, parts["test"], root) for name in study.variants}
     return Material(
         results,
-        _timings(study, root),
+        _timings(study, seeds, root),
         steps,
         networks,
         cells,
@@ -211,19 +228,22 @@ def gather(study: Params, root: Path) -> Material:
         files.read_json(equal) if (equal := root / "data/processed/duplicates.json").exists() else None,
         _pictures(images, labels, parts["train"], card),
         {name: pairs for name, (pairs, _) in wrong.items()},
-        _shown(study, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
+        _shown(seeds, images, parts["test"], root) if "test" in evaluation.scored_parts(study) else None,
         files.read_json(root / cell.SELECTION / selection.CHOICE) if study.second else None,
-        _roc(study, cells, root) if len(card["classes"]) == 2 else {},
+        _roc(seeds, cells, root) if len(card["classes"]) == 2 else {},
         {name: surest for name, (_, surest) in wrong.items()},
         {name: statistics.resolution(right[name], right[baseline]) for name in others},
-        _target(study, cells, curves),
+        _target(baseline, seeds[baseline], cells, curves),
+        budget.source(study, root),
     )
 
 
-def _target(study: Params, cells: dict[tuple[str, int], dict[str, Any]], curves: pd.DataFrame) -> float | None:
-    if any(cells[study.study.baseline, seed]["status"] == "diverged" for seed in study.seeds):
+def _target(
+    baseline: str, seeds: list[int], cells: dict[tuple[str, int], dict[str, Any]], curves: pd.DataFrame
+) -> float | None:
+    if not seeds or any(cells[baseline, seed]["status"] == "diverged" for seed in seeds):
         return None
-    own = curves[(curves["variant"] == study.study.baseline) & curves["seed"].isin(study.seeds)]
+    own = curves[(curves["variant"] == baseline) & curves["seed"].isin(seeds)]
     best = own.groupby("seed")["val_accuracy"].max()
     return float(np.floor(100 * best.min() + 1e-6) / 100)
 
@@ -260,7 +280,7 @@ def _confusion(cells: dict[tuple[str, int], dict[str, Any]], variant: str) -> np
 
 
 def _wrong_answers(
-    study: Params,
+    seeds: list[int],
     name: str,
     cells: dict[tuple[str, int], dict[str, Any]],
     images: np.ndarray,
@@ -271,7 +291,7 @@ def _wrong_answers(
     counts = _confusion(cells, name)
     if counts is None:
         return [], []
-    file = _arrays(cell.folder(name, study.seeds[0], root) / cell.PREDICTIONS)
+    file = _arrays(cell.folder(name, seeds[0], root) / cell.PREDICTIONS)
     probabilities, labels = file["test_probabilities"], file["test_labels"]
     chosen, surety = probabilities.argmax(axis=1), probabilities.max(axis=1)
     confused = counts - np.diag(np.diag(counts))
@@ -298,27 +318,29 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise files.missing(path) from None
 
 
-def _shown(study: Params, images: np.ndarray, test: np.ndarray, root: Path) -> Shown:
+def _shown(seeds: dict[str, list[int]], images: np.ndarray, test: np.ndarray, root: Path) -> Shown:
     before, after = {}, {}
     positions, labels = np.zeros(0, int), np.zeros(0, int)
-    for name in study.variants:
-        folder = cell.folder(name, study.seeds[0], root)
+    for name, (first, *_) in ((name, own) for name, own in seeds.items() if own):
+        folder = cell.folder(name, first, root)
         untrained, predictions = _arrays(folder / cell.UNTRAINED), _arrays(folder / cell.PREDICTIONS)
         positions, before[name] = untrained["positions"], untrained["probabilities"]
         labels, after[name] = predictions["test_labels"][positions], predictions["test_probabilities"][positions]
     return Shown([_thumbnail(images[test[i]]) for i in positions], labels, before, after)
 
 
-def _roc(study: Params, cells: dict[tuple[str, int], dict[str, Any]], root: Path) -> dict[str, list[np.ndarray]]:
+def _roc(
+    seeds: dict[str, list[int]], cells: dict[tuple[str, int], dict[str, Any]], root: Path
+) -> dict[str, list[np.ndarray]]:
     from sklearn.metrics import roc_curve  # takes half a second
 
     found: dict[str, list[np.ndarray]] = {}
-    for name in study.variants:
+    for name, own in seeds.items():
         scores = _tests(cells, name)
         if not scores or None in [one["roc_auc"] for one in scores]:
             continue
         found[name] = []
-        for seed in study.seeds:
+        for seed in own:
             file = _arrays(cell.folder(name, seed, root) / cell.PREDICTIONS)
             curve = roc_curve(file["test_labels"], file["test_probabilities"][:, 1], drop_intermediate=False)
             found[name].append(np.array(curve[:2]))
@@ -344,13 +366,13 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     return kept | {key: test[key] for key in BINARY if key in test}
 
 
-def _timings(study: Params, root: Path) -> dict[str, Any]:
+def _timings(study: Params, seeds: dict[str, list[int]], root: Path) -> dict[str, Any]:
     """Seconds of each cell, of an epoch their median; of a variant the mean over its cells. `total_seconds` is one
     whole training."""
     timings: dict[str, Any] = {}
     for name in study.variants:
         cells = {}
-        for seed in study.seeds:
+        for seed in seeds[name]:
             measured = files.read_json(cell.folder(name, seed, root) / cell.TIMING)
             epochs = measured["epoch_seconds"]
             cells[str(seed)] = {

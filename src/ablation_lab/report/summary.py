@@ -6,8 +6,9 @@ from typing import Any
 from ablation_lab import duplicates, params
 from ablation_lab.params import Params
 from ablation_lab.report import tables
-from ablation_lab.report.results import Material, mean_of, validation_means
-from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, counted, length, setting
+from ablation_lab.report.results import Material, lacking, mean_of, validation_means
+from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, length, setting
+from ablation_lab.words import counted, percent_change
 
 SEVERAL = (
     "more than one setting is changed at once, so that the effect can't be attributed to one of them (compared_with in "
@@ -21,7 +22,7 @@ def facts(study: Params, material: Material) -> list[tuple[str, str]]:
     card, counts = material.card, material.card["counts"]
     height, width, channels = card["image_shape"]
     seeds = ", ".join(map(str, study.seeds))
-    devices = sorted({one["device"] for one in material.timings["variants"].values()})
+    devices = sorted({one["device"] for one in material.timings["variants"].values() if one["cells"]})
     threads = sorted({n for one in material.timings["variants"].values() for n in one["threads"]})
     facts = [
         ("Data", f"{card['name']}: {len(card['classes'])} classes, pictures of {height} × {width} × {channels}"),
@@ -34,12 +35,27 @@ def facts(study: Params, material: Material) -> list[tuple[str, str]]:
         ),
         ("Split", ", ".join(f"{key} {setting(value)}" for key, value in card["split"].items())),
         ("Baseline", f"{study.study.baseline}: {length(study.baseline)}"),
-        ("Trainings", f"{counted(len(study.variants), 'variant')} × {counted(len(study.seeds), 'seed')} ({seeds})"),
+        ("Trainings", _trainings(study, material) + f" ({seeds})"),
         ("Trained on", f"{', '.join(devices)}, {' or '.join(counted(n, 'thread') for n in threads)} a training"),
     ]
     if "skipped" in card:
         facts.insert(2, ("Left out", counted(card["skipped"]["count"], "unreadable picture")))
     return [*facts, ("Source", study.study.source)] if study.study.source else facts
+
+
+def _trainings(study: Params, material: Material) -> str:
+    told = f"{counted(len(study.variants), 'variant')} × {counted(len(study.seeds), 'seed')}"
+    partial = material.results["partial"]
+    return f"{partial['cells']} of {partial['of']} cells: {told}" if partial else told
+
+
+def missing(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The cells that a partial report lacks, those with the same reason together, and the reason."""
+    about: dict[str, list[str]] = {}
+    for one in (results["partial"] or {"missing": []})["missing"]:
+        reason = one["state"] + (f": {one['reason']}" if one["reason"] else "")
+        about.setdefault(reason, []).append(one["cell"])
+    return [(", ".join(cells), reason) for reason, cells in about.items()]
 
 
 def headline(study: Params, results: dict[str, Any], text: Format) -> list[str]:
@@ -49,12 +65,14 @@ def headline(study: Params, results: dict[str, Any], text: Format) -> list[str]:
     verdicts = [one["delta"]["verdict"] for one in results["variants"].values() if one["delta"]["verdict"]]
     name = "The baseline" + (f" ({study.study.baseline})" if study.study.baseline != "baseline" else "")
     if base["mean"] is None:
-        first = f"{name} diverged, so nothing can be compared with it."
+        gone = lacking(results["variants"][study.study.baseline])
+        first = f"{name} {gone if gone == 'diverged' else f'is {gone}'}, so nothing can be compared with it."
     else:
         first = f"{name} reaches a test accuracy of {text.percent(base['mean'])}"
         if base["ci95"]:
             low, high = (text.percent(value) for value in base["ci95"])
-            seeds, test = len(study.seeds), results["data"]["counts"]["test"]
+            seeds = len(results["variants"][study.study.baseline]["cells"])
+            test = results["data"]["counts"]["test"]
             first += f" (95 % interval {low} to {high}, {counted(seeds, 'seed')}, {counted(test, 'test picture')})"
         first += "."
     tally = [(verdict, verdicts.count(verdict)) for verdict in VERDICT_ORDER if verdict in verdicts]
@@ -94,22 +112,26 @@ def findings(study: Params, results: dict[str, Any], text: Format) -> list[dict[
         delta = variant["delta"]
         if not delta["verdict"]:
             continue
-        said = _unaffected(study, variant) or _sentence(study, variant, text)
-        said += _cheaper(variant, results["variants"][study.study.baseline])
+        base = results["variants"][study.study.baseline]
+        said = _unaffected(study, variant) or _sentence(variant, base, text)
+        said += _cheaper(variant, base)
         change = "; ".join(changes(variant["differences"]))
         findings.append({"variant": name, "change": change, "text": said, "verdict": delta["verdict"]})
     size = {name: abs(one["delta"]["mean"] or 0) for name, one in results["variants"].items()}
     return sorted(findings, key=lambda one: (VERDICT_ORDER.index(one["verdict"]), -size[one["variant"]]))
 
 
-def _sentence(study: Params, variant: dict[str, Any], text: Format) -> str:
-    delta, seeds = variant["delta"], len(study.seeds)
+def _sentence(variant: dict[str, Any], base: dict[str, Any], text: Format) -> str:
+    delta, seeds = variant["delta"], len(variant["cells"].keys() & base["cells"].keys())
     if delta["verdict"] == "diverged":
         lost = [seed for seed, cell in variant["cells"].items() if cell["status"] == "diverged"]
-        return f"training diverged in {len(lost)} of {counted(seeds, 'seed')} ({', '.join(lost)}): no mean is given"
+        of = counted(len(variant["cells"]), "seed")
+        return f"training diverged in {len(lost)} of {of} ({', '.join(lost)}): no mean is given"
     if delta["mean"] is None:
         mean = text.percent(variant["test_accuracy"]["mean"])
-        return f"test accuracy {mean}, with nothing to compare it with, since the baseline diverged"
+        why = "diverged" if lacking(base) == "diverged" else "is missing"
+        why = why if seeds or not base["cells"] else "has no seed in common with it"
+        return f"test accuracy {mean}, with nothing to compare it with, since the baseline {why}"
     if delta["mean"]:
         points = text.points(abs(delta["mean"]), sign=False)
         said = "about the same test accuracy" if not float(points) else ""
@@ -124,7 +146,7 @@ def _sentence(study: Params, variant: dict[str, Any], text: Format) -> str:
 
 def _unaffected(study: Params, variant: dict[str, Any]) -> str:
     """That a variant is its reference, where it is with each seed."""
-    same = [name for name, seeds in variant["no_effect"].items() if len(seeds) == len(study.seeds)]
+    same = [name for name, seeds in variant["no_effect"].items() if len(seeds) == len(variant["cells"])]
     if study.study.baseline not in same:
         return ""
     return f"this change had no effect: {EQUAL} {study.study.baseline}"
@@ -138,7 +160,8 @@ def _cheaper(variant: dict[str, Any], base: dict[str, Any]) -> str:
         if change >= 100:
             told.append(f"{1 + change / 100:.3g} times the {what}")
         elif abs(change) >= 1:
-            told.append(f"{abs(change):.0f}\xa0% {'more' if change > 0 else 'fewer'} {what}")
+            size = percent_change(variant[key], base[key], sign=False)
+            told.append(f"{size} {'more' if change > 0 else 'fewer'} {what}")
     return f"; with {' and '.join(told)}" if told else ""
 
 

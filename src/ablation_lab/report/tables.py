@@ -7,8 +7,8 @@ import numpy as np
 
 from ablation_lab import params
 from ablation_lab.params import Params
-from ablation_lab.report import figures
-from ablation_lab.report.results import BINARY, PAIRS, Material, Shown
+from ablation_lab.report import budget, figures
+from ablation_lab.report.results import BINARY, PAIRS, Material, Shown, lacking
 from ablation_lab.report.wording import (
     NONE,
     Format,
@@ -22,6 +22,7 @@ from ablation_lab.report.wording import (
     si,
     span,
 )
+from ablation_lab.words import percent
 
 UI = "http://127.0.0.1:5000"  # where `ablab ui` is
 RISE = 0.1  # of the validation loss after its lowest, from which on it is called overfitting
@@ -51,9 +52,11 @@ def variants(study: Params, material: Material, text: Format) -> Table:
     base = results[study.study.baseline]
     scored = material.shown is not None
     reported = scored and any("test_accuracy" in one["reported"] for one in results.values())
+    cut = any(budget.cuts(study, material.source, material.card, name) for name in study.variants)
+    uncut = "Reported test, not cut" if cut else "Reported test"
     columns = {"Variant": "l", "Change": "l"} | ({"Test": "r", "Difference": "r", "Verdict": "v"} if scored else {})
-    columns |= {"Reported test": "r"} if reported else {}
-    columns |= {"Validation": "r", "Training": "r", "Parameters": "r", "MACs": "r", "s/epoch": "r", "Best epoch": "r"}
+    columns |= {uncut: "r"} if reported else {}
+    columns |= {"Validation": "r", "Training": "r", "Parameters": "r", "MACs": "r", "Best epoch": "r"}
     rows = []
     for name, one in results.items():
         delta, cells, note = one["delta"], list(one["cells"].values()), plain(study.variants[name].note or "")
@@ -67,8 +70,8 @@ def variants(study: Params, material: Material, text: Format) -> Table:
             changes(one["differences"]) or NONE,
         ]
         if scored:
-            diverged = "diverged" if one["test_accuracy"]["mean"] is None else NONE
-            verdict = text.verdict(delta) if delta["verdict"] else diverged
+            gone = lacking(one) if one["test_accuracy"]["mean"] is None else NONE
+            verdict = text.verdict(delta) if delta["verdict"] else gone
             row += [text.spread([cell["test_accuracy"] for cell in cells]), difference, verdict]
         row += [text.percent(one["reported"].get("test_accuracy"))] if reported else []
         row += [
@@ -76,7 +79,6 @@ def variants(study: Params, material: Material, text: Format) -> Table:
             text.spread([cell["train_accuracy"] for cell in cells]),
             relative(one["parameters"], base["parameters"], f"{one['parameters']:,}"),
             relative(one["macs"], base["macs"], si(one["macs"])),
-            seconds(material.timings["variants"][name]["seconds_per_epoch"]),
             _best_epochs(study, name, cells),
         ]
         rows.append(row)
@@ -130,26 +132,40 @@ def _epochs_to_reach(material: Material, name: str, before: str) -> str | list[s
 
 
 def costs(study: Params, material: Material) -> Table:
-    """What each variant costs, in size and in time."""
-    base, target = material.networks[study.study.baseline], material.target
+    """What each variant costs, in size and in epochs."""
+    base = material.networks[study.study.baseline]
     rows: list[list[str | list[str]]] = []
     for name in study.variants:
-        network, timing = material.networks[name], material.timings["variants"][name]
-        row: list[str | list[str]] = [
-            name,
-            relative(network["parameters"], base["parameters"], f"{network['parameters']:,}"),
-            f"{network['trainable_parameters']:,}",
-            relative(network["macs"], base["macs"], si(network["macs"])),
-            seconds(timing["seconds_per_epoch"]),
-            _best_epochs(study, name, material.results["variants"][name]["cells"].values()),
-            seconds(timing["total_seconds"]),
-        ]
+        network = material.networks[name]
+        rows.append(
+            [
+                name,
+                relative(network["parameters"], base["parameters"], f"{network['parameters']:,}"),
+                f"{network['trainable_parameters']:,}",
+                relative(network["macs"], base["macs"], si(network["macs"])),
+                _best_epochs(study, name, material.results["variants"][name]["cells"].values()),
+            ]
+        )
+    columns = {"Variant": "l", "Parameters": "r", "Trained": "r", "MACs": "r", "Best epoch": "r"}
+    note = "Trained: parameters that training changes. MACs are the multiply–accumulate operations of one picture."
+    return Table("Costs", columns, rows, note)
+
+
+# All that a clock measured is in tables whose names, and so whose files', begin with "timing": the other files are the
+# same bytes every time.
+
+
+def timing(study: Params, material: Material) -> Table:
+    """The seconds that each variant's trainings took."""
+    target = material.target
+    rows: list[list[str | list[str]]] = []
+    for name in study.variants:
+        measured = material.timings["variants"][name]
+        row: list[str | list[str]] = [name, seconds(measured["seconds_per_epoch"]), seconds(measured["total_seconds"])]
         rows.append(row + ([] if target is None else [_time_to(material, name, target)]))
-    columns = {"Variant": "l", "Parameters": "r", "Trained": "r", "MACs": "r", "s/epoch": "r", "Best epoch": "r"}
-    columns |= {"Seconds in all": "r"}
+    columns = {"Variant": "l", "s/epoch": "r", "Seconds in all": "r"}
     note = (
-        "Trained: parameters that training changes. MACs are the multiply–accumulate operations of one picture. "
-        "Seconds are means over seeds, on the machine that trained them; of an epoch the median, in all with building, "
+        "Means over seeds, on the machine that trained them. s/epoch: the median epoch. Seconds in all: with building, "
         "compiling and predicting."
     )
     if target is not None:
@@ -158,7 +174,29 @@ def costs(study: Params, material: Material) -> Table:
             f" Seconds to {100 * target:.0f} %: until the validation accuracy was first that high, which every seed of "
             "the baseline reaches; the mean over the seeds that got there."
         )
-    return Table("Costs", columns, rows, note)
+    return Table("Timing", columns, rows, note)
+
+
+def timing_of_cells(material: Material) -> Table:
+    """The seconds that each cell took."""
+    rows = [
+        [f"{name}-{seed}", seconds(cell["seconds_per_epoch"]), seconds(cell["total_seconds"])]
+        for name, one in material.timings["variants"].items()
+        for seed, cell in one["cells"].items()
+    ]
+    return Table("Timing of cells", {"Cell": "l", "s/epoch": "r", "Seconds in all": "r"}, rows)
+
+
+def timing_reported(material: Material) -> Table | None:
+    """The seconds of a training that the study's authors reported, beside those measured here."""
+    rows: list[list[str | list[str]]] = []
+    for name, one in material.results["variants"].items():
+        if "seconds" in one["reported"]:
+            here = material.timings["variants"][name]["total_seconds"]
+            rows.append([name, seconds(one["reported"]["seconds"]), seconds(here)])
+    note = "Seconds of a training, on other machines than the authors'."
+    columns = {"Variant": "l", "Reported": "r", "Here": "r"}
+    return Table("Timing reported and measured", columns, rows, note) if rows else None
 
 
 def _time_to(material: Material, name: str, target: float) -> str | list[str]:
@@ -169,6 +207,8 @@ def _time_to(material: Material, name: str, target: float) -> str | list[str]:
         reached = np.flatnonzero(material.history(name, int(seed))["val_accuracy"] >= target - 1e-9)
         if len(reached):
             spent.append(sum(timing["epoch_seconds"][: reached[0] + 1]))
+    if not cells:
+        return NONE
     if not spent:
         return "never"
     shown = seconds(float(np.mean(spent)))
@@ -232,6 +272,8 @@ def seen(study: Params, material: Material, name: str) -> list[str]:
     def of(found: list) -> str:
         return "" if len(found) == len(cells) else f" in {len(found)} of {len(cells)} seeds"
 
+    if not cells:
+        return ["missing"]
     told = [f"diverged: {', '.join(diverged)}"] if diverged else []
     if overfitted:
         rise = 100 * float(np.mean([rise for _, rise in overfitted]))
@@ -254,7 +296,7 @@ def calibration(study: Params, material: Material, text: Format) -> Table:
             continue
         pictures = found["pictures"].sum()
         confidence, right = found["confidence"].sum() / pictures, found["right"].sum() / pictures
-        tests = [material.cells[name, seed]["test"] for seed in study.seeds]
+        tests = [one["test"] for (variant, _), one in material.cells.items() if variant == name]
         error = float(np.mean([one["calibration_error"] for one in tests if one]))
         shown = text.points(error, sign=False)
         rows.append([name, text.percent(confidence), text.percent(right), text.points(confidence - right), shown])
@@ -269,16 +311,17 @@ def calibration(study: Params, material: Material, text: Format) -> Table:
 
 
 def reported(study: Params, material: Material, text: Format) -> Table | None:
-    rows = []
+    rows: list[list[str | list[str]]] = []
+    cut: dict[str, list[str]] = {}
     for name, one in material.results["variants"].items():
+        if one["reported"] and (cuts := budget.cuts(study, material.source, material.card, name)):
+            cut.setdefault("; ".join(cuts), []).append(name)
         cells = list(one["cells"].values())
         for key, figure in one["reported"].items():
             if key == "seconds":
-                here = material.timings["variants"][name]["total_seconds"]
-                rows.append([name, "seconds of a training", seconds(figure), seconds(here), NONE])
-                continue
+                continue  # in `timing_reported`
             values = [cell.get(key) for cell in cells]
-            known = None if None in values else float(np.mean(values))
+            known = None if None in values or not values else float(np.mean(values))
             if "accuracy" in key or key == "macro_f1":
                 difference = NONE if known is None else f"{text.points(known - figure)} points"
                 rows.append([name, key, text.percent(figure), " ".join(text.spread(values)), difference])
@@ -289,6 +332,11 @@ def reported(study: Params, material: Material, text: Format) -> Table | None:
                 )
     columns = {"Variant": "l", "Figure": "l", "Reported": "r", "Reproduced": "r", "Difference": "r"}
     note = "Reported: by the study's authors. Reproduced: the mean over seeds ± standard deviation."
+    if cut:
+        columns = {"Reproduced, cut" if head == "Reproduced" else head: kind for head, kind in columns.items()}
+        for what, names in cut.items():
+            note += f" Cut: {what}" + (f" ({', '.join(names)})." if len(cut) > 1 else ".")
+        note += f" {budget.NO_FAILURE}"
     return Table("Reported and reproduced", columns, rows, note) if rows else None
 
 
@@ -328,7 +376,7 @@ def _pairs(study: Params, material: Material) -> Table:
             places = np.argsort(-wrong.ravel(), kind="stable")[:PAIRS]
             lines = [
                 f"{short_name(names[actual])} → {short_name(names[predicted])}: "
-                f"{100 * n / counts[actual].sum():.0f} % ({n:,})"
+                f"{percent(n / counts[actual].sum())} ({n:,})"
                 for actual, predicted in (divmod(int(place), len(names)) for place in places)
                 if (n := int(wrong[actual, predicted]))
             ] or ["no mistakes"]
@@ -393,6 +441,9 @@ def _probabilities(study: Params, material: Material, shown: Shown) -> Table:
     for i, label in enumerate(shown.labels.tolist()):
         row: list[str | list[str]] = [short_name(names[label])]
         for name in variants:
+            if name not in shown.before:
+                row.append(NONE)
+                continue
             before, after = shown.before[name][i], shown.after[name][i]
             if not np.isfinite(after).all():
                 row.append(NONE)
@@ -424,12 +475,11 @@ def cells(study: Params, material: Material, text: Format) -> Table:
                     *accuracies,
                     NONE if loss is None else f"{loss:.3f}",
                     NONE if f1 is None else f"{f1:.3f}",
-                    seconds(material.timings["variants"][name]["cells"][seed]["total_seconds"]),
                     [cell["cell_hash"][:8], f"{UI}/cells/{cell['cell_hash']}/{name}"],
                 ]
             )
     columns = {"Cell": "l", "Status": "l", "Epochs": "r", "Best epoch": "r", "Training": "r", "Validation": "r"}
-    columns |= {"Test": "r", "Test loss": "r", "Macro F1": "r", "Seconds": "r", "In MLflow": "a"}
+    columns |= {"Test": "r", "Test loss": "r", "Macro F1": "r", "In MLflow": "a"}
     note = "One variant trained with one seed is a cell. The links lead to its run while `ablab ui` runs."
     return Table("Cells", columns, rows, note)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ablation_lab import params
 from ablation_lab.report.drawing import short
+from ablation_lab.words import counted, percent_change
 
 NONE = "–"
 VERDICT_ORDER = ("better", "worse", "indistinguishable", "undetermined", "diverged")
@@ -116,7 +117,7 @@ def setting(value: Any) -> str:
 def relative(value: int, base: int, shown: str) -> list[str]:
     if value == base or not base:
         return [shown]
-    return [shown, f"{minus(f'{100 * (value / base - 1):+.0f}')}\xa0%"]
+    return [shown, percent_change(value, base)]
 
 
 def si(value: float) -> str:
@@ -134,10 +135,6 @@ def span(values: list[int]) -> str:
     if not values:
         return NONE
     return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
-
-
-def counted(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what == 'batch' else 's'}"
 
 
 def minus(text: str) -> str:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import IO, Any
 
+from ablation_lab import errors
+
 # What logs, and what imports MLflow for it: a process that has them can be forked into a logger.
 LOGGER = ("ablation_lab.tracking.logger", "ablation_lab.tracking.runs")
 PATIENCE = 10  # seconds that the store has after a training for what it has not taken yet
@@ -176,6 +178,6 @@ def cell_run(identity: Identity) -> Iterator[CellRun]:
         yield run
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        run.end("KILLED" if stopped else "FAILED", f"{type(error).__name__}: {error}"[:500])
+        run.end("KILLED" if stopped else "FAILED", errors.reason(error))
         raise
     run.end()

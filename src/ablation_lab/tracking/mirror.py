@@ -17,6 +17,7 @@ from ablation_lab import cell, evaluation, files, params, selection
 from ablation_lab.params import Params
 from ablation_lab.tracking import runs, served, store
 from ablation_lab.tracking.live import Identity
+from ablation_lab.words import counted
 
 if TYPE_CHECKING:
     from ablation_lab.report.cell_figures import CellFigures
@@ -122,7 +123,7 @@ def sync(root: Path = Path()) -> dict[str, str]:
 def told(receipt: dict[str, str], root: Path = Path()) -> str:
     """What a user reads after `sync`: how many cells are in MLflow, and where."""
     quick = params.load(root / "params.yaml").study.quick
-    return f"{len(receipt)} cells are in MLflow: {store.where(root, quick)}"
+    return f"{counted(len(receipt), 'cell')} in MLflow: {store.where(root, quick)}"
 
 
 def records(study: Params, root: Path) -> Iterator[Record]:
