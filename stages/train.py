@@ -13,5 +13,5 @@ def main(variant: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    with errors.explained():
+    with errors.explained(advice=errors.OTHER_CELLS):
         main(sys.argv[1], int(sys.argv[2]))

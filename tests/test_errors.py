@@ -117,6 +117,45 @@ def test_what_the_user_can_do_nothing_about_keeps_its_traceback(place: Path):
         assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
+def test_a_mistake_ends_with_its_own_words(place: Path):
+    (place / "networks").mkdir()
+    (place / "networks/own.py").write_text("def build():\n    raise ValueError('\x1b[1mno mood\x1b[0m')\n")
+    script = "from ablation_lab import errors\nsys.path.insert(0, '.')\n"
+    script += "with errors.explained(exit_status=2, advice='Try this.'):\n    from networks import own\n    own.build()"
+    done = run(place, *code(script))
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "\x1b" not in done.stderr
+    assert done.stderr.endswith("\nerror: networks/own.py, line 2, in build: ValueError: no mood\nTry this.\n")
+
+
+KERAS = (
+    "Exception encountered when calling Moody.call().\n\n\x1b[1mI am in no mood.\nTry again.\x1b[0m\n\n"
+    "Arguments received by Moody.call():\n  • x=tf.Tensor(shape=(None, 4), dtype=float32)\n  • training=True"
+)
+TENSORFLOW = (
+    "Graph execution error:\n\nDetected at node loss/Xent defined at (most recent call last):\n"
+    '  File "fit.py", line 36, in <module>\n\n  File "keras/trainer.py", line 399, in fit\n\n'
+    "Received a label value of 7 which is outside the valid range of [0, 3).\n\t [[{{node loss/Xent}}]] [Op:__x_8]"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError(KERAS), "ValueError: I am in no mood.\nTry again."),
+        (KeyError(KERAS), "KeyError: I am in no mood.\nTry again."),
+        (
+            RuntimeError(TENSORFLOW),
+            "RuntimeError: Received a label value of 7 which is outside the valid range of [0, 3).",
+        ),
+        (AssertionError(), "AssertionError"),
+        (OSError(2, "No such file"), "FileNotFoundError: [Errno 2] No such file"),
+        (ValueError("x" * 900), f"ValueError: {'x' * (errors.LONGEST - 13)}…"),
+    ],
+)
+def test_the_reason_is_what_was_said_first(error: Exception, told: str):
+    assert errors.reason(error) == told
+
+
 def test_a_file_that_was_merely_tried_before_a_mistake_is_not_its_cause():
     mistake = KeyError("a")
     mistake.__context__ = PermissionError(13, "Permission denied", "weights.h5")

@@ -59,11 +59,11 @@ def test_live_runs_are_completed_and_a_second_time_changes_nothing(project: Path
 
 def test_the_receipt_is_the_same_in_every_store_and_says_where_the_runs_are(project: Path):
     first = mirror.sync()
-    assert mirror.told(first) == "4 cells are in MLflow: `ablab ui` shows them"
+    assert mirror.told(first) == "4 cells in MLflow: `ablab ui` shows them"
     shutil.rmtree(project / "mlruns")
     write_params(project, TINY | {"study": TINY["study"] | {"quick": True}})
     output = passed(run(project, "python", "-m", "stages.track"))
-    assert f"4 cells are in MLflow: `cd {project.name} && ablab ui` shows them" in output
+    assert f"4 cells in MLflow: `cd {project.name} && ablab ui` shows them" in output
     hashes = {f"{one['variant']}-{one['seed']}": one["cell_hash"] for one in files.read_json(SCORED)}
     assert files.read_json(project / "mlruns/receipt.json") == first == hashes
 

@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from test_killed import content
 
 from ablation_lab import parallel
 from ablation_lab.dvc_command import due, put_in_order
-from ablation_lab.jobs import Job
+from ablation_lab.jobs import Job, View
 
 BROKEN = """
 from keras import Model, layers, saving
@@ -30,6 +31,21 @@ def build(image_shape, classes):
     return Model(inputs, layers.Dense(classes, activation="softmax")(layers.Flatten()(Broken()(inputs))))
 """
 
+
+MOODY = """
+from keras import Model, layers, saving
+
+@saving.register_keras_serializable()
+class Moody(layers.Layer):
+    def call(self, x, training=False):
+        if training:
+            raise ValueError("I am in no mood for this.\\nTry again tomorrow.")
+        return x
+
+def build(image_shape, classes):
+    inputs = layers.Input(image_shape)
+    return Model(inputs, layers.Dense(classes, activation="softmax")(layers.Flatten()(Moody()(inputs))))
+"""
 
 # In dvc.lock, the hash and the size of a dependency or an output that has times in it.
 TIMED = re.compile(r"(    - path: (?:cells|evaluation|reports)\b.*\n      hash: md5\n)      md5: .*\n      size: .*\n")
@@ -68,8 +84,8 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
     done = run(projects[1], "ablab", "repro", "-j", "2")
     passed(done)
     # no_dropout and same are one training
-    assert "3 cells, 2 at a time" in done.stderr and "1 cells, 2 at a time" in done.stderr
-    assert re.search(r"^baseline-0: \d+ s, validation accuracy [\d.]+% \(\d of 3", done.stderr, re.MULTILINE)
+    assert "3 cells, 2 at a time" in done.stderr and "1 cell, 2 at a time" in done.stderr
+    assert re.search(r"^baseline-0: \d+ (s|min), validation accuracy [\d.]+% \(\d of 3", done.stderr, re.MULTILINE)
     return projects
 
 
@@ -131,7 +147,7 @@ def test_only_what_is_due_is_trained(both):
     try:
         done = run(project, "ablab", "repro", "-j", "2")
         passed(done)
-        assert "1 cells, 2 at a time" in done.stderr and "no_dropout-0: " in done.stderr
+        assert "1 cell, 2 at a time" in done.stderr and "no_dropout-0: " in done.stderr
     finally:
         write_params(project, phases())
     done = run(project, "ablab", "repro")  # put back: from DVC's cache
@@ -140,20 +156,56 @@ def test_only_what_is_due_is_trained(both):
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
-    """Two that fail are equal, and come first."""
+    """Two that fail are equal, and come first. One that diverges has not failed."""
     (project / "networks/broken.py").write_text(BROKEN)
+    (project / "networks/moody.py").write_text(MOODY)
     study = copy.deepcopy(TINY)
     own = {"builder": "networks.broken:build", "dropout": None, "blocks": None, "head": None}
     study["seeds"] = [0]
     study["variants"] = {"broken": {"model": own}, "same": {"model": dict(own)}, "baseline": {}}
+    study["variants"]["moody"] = {"model": own | {"builder": "networks.moody:build"}}
+    study["variants"]["wild"] = {"train": {"optimizer": {"learning_rate": 1e30}}}
     write_params(project, study)
     done = run(project, "ablab", "repro", "-j", "2")
     assert done.returncode == 1
     for name in ("broken", "same"):
-        assert f"error: train@{name}-0: memory: Expected more of it. Found: " in done.stderr
+        assert f"error: train@{name}-0: memory: Expected more of it. Found: no room for this. End" in done.stderr
     assert (project / "cells/baseline/seed-0/cell.json").exists()
     names = [f"train@{name}-0" for name in study["variants"]]
-    assert due(project, names) == ["train@broken-0", "train@same-0"]
+    assert due(project, names) == ["train@broken-0", "train@same-0", "train@moody-0"]
+
+    # The network's own words, where it said them, without Keras' frame and colours; in MLflow too.
+    reason = "networks/moody.py, line 8, in call: ValueError: I am in no mood for this."
+    assert f"moody-0: failed: {reason} (" in done.stderr
+    assert f"error: train@moody-0: {reason}\nTry again tomorrow. (all of it: " in done.stderr
+    assert re.search(r"^wild-0: \d+ (s|min), diverged in epoch 1 \(", done.stderr, re.MULTILINE)
+    client = client_of(project)
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=100)
+    told = {one.data.tags.get("ablab.reason") for one in found if one.data.tags["ablab.variant"] == "moody"}
+    assert told == {f"{reason}\nTry again tomorrow."}
+
+    # What is there is reported.
+    partial = project / "reports/partial"
+    assert "Partial report: reports/partial/report.html, 2 of 5 cells" in done.stdout
+    assert "remove them from params.yaml and run `ablab repro`" in done.stderr
+    results = json.loads((partial / "results.json").read_text())
+    assert list(results["variants"]) == ["baseline", "wild"]
+    assert results["variants"]["wild"]["delta"]["verdict"] == "diverged"
+    states = {one["cell"]: one["state"] for one in results["partial"]["missing"]}
+    assert states == {"broken-0": "failed", "same-0": "failed", "moody-0": "failed"}
+    assert "I am in no mood for this." in (partial / "report.md").read_text()
+    assert "partial" not in "".join(path.name for path in project.glob("reports/*.html"))
+
+    # The same study without them is reported whole, and nothing is trained for it.
+    for name in ("broken", "same", "moody"):
+        del study["variants"][name]
+    write_params(project, study)
+    again = run(project, "ablab", "repro")
+    passed(again)
+    assert "at a time" not in again.stderr and "Running stage 'train" not in again.stdout
+    assert (project / "reports/report.html").exists() and not partial.exists()
+    (partial / "figures").mkdir(parents=True)
+    assert "Data and pipelines are up to date." in passed(run(project, "dvc", "status"))
 
 
 def test_other_code_than_the_projects_is_refused(project: Path):
@@ -197,6 +249,13 @@ def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
     ("exitcode", "text", "told"),
     [
         (-9, "", "killed, perhaps as the memory was full"),
+        (
+            -6,
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+            "out of memory: TensorFlow ended by SIG",
+        ),
+        (-6, "LLVM ERROR: pthread_create failed: Resource temporarily unavailable", "out of memory: TensorFlow ended"),
+        (-11, "", "ended by SIGSEGV, as TensorFlow may when it gets no memory. Fewer cells at a time"),
         (1, "epoch 1\nerror: disk: Expected room.\n       Free some.\n", "disk: Expected room.\n       Free some."),
         (1, "Traceback\nValueError: what\n", "ValueError: what (all of it: "),
         (3, "", "exit status 3"),
@@ -205,6 +264,14 @@ def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
 def test_why_a_cell_failed_is_told(exitcode, text, told, tmp_path):
     (tmp_path / "log").write_text(text)
     assert parallel._reason(exitcode, tmp_path / "log").startswith(told)
+
+
+def test_what_is_left_is_told_in_seconds_where_it_is_short():
+    waiting = [Job("train", "baseline", seed, "hash", 1.0, 1, 1, 1, 1) for seed in (0, 1)]
+    view = View(waiting, 1)
+    waiting[0].seconds = 30
+    view.done = waiting[:1]
+    assert view._left() == ", about 30 s left"
 
 
 def test_a_number_of_cells_is_asked_for(project: Path):

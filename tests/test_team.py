@@ -144,7 +144,7 @@ def test_what_one_has_trained_another_pulls_and_sees(team: dict[str, str], tmp_p
     passed(run(first, "bash", "-ec", block("dvc remote add", **{"http://server:9000": team["storage"]})))
     output = shell(first, block("dvc push"))
     assert len(trained(output)) == 4
-    assert f"4 cells are in MLflow: on the server {team['mlflow']}" in output
+    assert f"4 cells in MLflow: on the server {team['mlflow']}" in output
     assert not (first / "mlruns/mlflow.db").exists()
     client = MlflowClient(team["mlflow"])
     agree(first, client=client)

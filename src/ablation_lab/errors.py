@@ -36,7 +36,11 @@ DISK = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)
 NUMBER = re.compile(r"errno = (\d+)|\[Errno (\d+)\]")
 FULL_DISK = re.compile(r"\d+ requested and \d+ written|Not enough free space to write|database or disk is full")
 # TensorFlow's words, known without importing it; the second is what a full GPU comes out as.
-NO_MEMORY = re.compile(r"OOM|out.of.memory|Dst tensor is not initialized|failed to allocate", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    r"OOM|out.of.memory|Dst tensor is not initialized|failed to allocate|bad_alloc|cannot allocate memory"
+    r"|pthread_create(\(\))? failed",
+    re.IGNORECASE,
+)
 SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
 )
@@ -45,6 +49,10 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 WRAPPED = re.compile(r"^Exception encountered when calling .*?\n\n(.*?)(?:\n\nArguments received by .*)?\Z", re.DOTALL)
 GRAPH = re.compile(
     r'^(Graph execution error:|Detected at node .*|Node: .*| *File ".*", line \d+, in .*|\s*\[\[.*)$\n?', re.M
+)
+OTHER_CELLS = (
+    "\n`dvc repro --keep-going` trains the other cells, `ablab report --partial` reports those that are there. "
+    "The report in reports/ stays as it was."
 )
 NETWORKS = "networks"
 LONGEST = 500  # characters of a reason
@@ -164,7 +172,7 @@ def reason(error: BaseException) -> str:
 def words(error: BaseException) -> str:
     """An exception's own words, without what Keras and TensorFlow put around them, and without colours."""
     text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-    text = COLOURS.sub("", text)
+    text = re.sub(r"\{\{function_node .*?\}\} ", "", COLOURS.sub("", text))
     if wrapped := WRAPPED.match(text):
         text = wrapped[1]
     if text.startswith("Graph execution error:"):

@@ -21,6 +21,9 @@ from ablation_lab.jobs import Engine, Job, View, check_code
 from ablation_lab.tracking import live
 
 MOST_ON_A_GPU = 4
+# How TensorFlow's own code ends where it doesn't get the memory that it asks for.
+BROKEN = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+FEWER = "Fewer cells at a time (-j) have more each; or make train.batch_size or the network smaller."
 PATIENCE = 20  # seconds that a cell has to end after Ctrl-C
 
 
@@ -173,13 +176,26 @@ def _cell(
 
 def _reason(status: int, log: Path) -> str:
     """Why a cell has failed, from what it has written."""
+    text = errors.COLOURS.sub("", log.read_text(errors="replace")).strip()
     if status == -signal.SIGKILL:
-        return "killed, perhaps as the memory was full. With fewer cells at a time (-j) each has more."
+        return f"killed, perhaps as the memory was full. {FEWER}"
     if status < 0:
-        return f"ended by {signal.Signals(-status).name} (its output: {log})"
-    lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
+        name = signal.Signals(-status).name
+        if status in BROKEN and (errors.NO_MEMORY.search(text) or _is_limited()):
+            return f"out of memory: TensorFlow ended by {name}. {FEWER} (Its output: {log})"
+        hint = f", as TensorFlow may when it gets no memory. {FEWER}" if status in BROKEN else ""
+        return f"ended by {name}{hint} (its output: {log})"
+    whole = f" (all of it: {log})" if "Traceback (most recent call last)" in text else ""
+    lines = text.splitlines() or [f"exit status {status}"]
     told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if told:
-        return "\n".join(lines[told[-1] :]).removeprefix("error: ")
+        return "\n".join(lines[told[-1] :]).removeprefix("error: ") + whole
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
     return f"{(raised or lines)[-1]} (all of it: {log})"
+
+
+def _is_limited() -> bool:
+    """Whether the memory of this process, and so of those that it has started, has a limit (`ulimit -v`)."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
