@@ -10,13 +10,14 @@ import fabricate
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from sklearn.metrics import classification_report
 from statsmodels.stats.multitest import multipletests
 from test_statistics import by_statsmodels
 
-from ablation_lab import evaluation
+from ablation_lab import evaluation, params
 from ablation_lab.errors import LabError
-from ablation_lab.report import figures, pages, results, wording
+from ablation_lab.report import budget, figures, pages, results, wording
 from ablation_lab.report.writing import write_report
 
 NASTY = ["<script>alert(1)</script>", "a | `b` *c* _d_ [e](f) $g$ & h\nnew line", "猫" + "very long " * 20]
@@ -163,6 +164,63 @@ def test_the_same_bytes_twice(usual):
     once = {path: path.read_bytes() for path in (root / "reports").rglob("*") if path.is_file()}
     write_report(study, root)
     assert once == {path: path.read_bytes() for path in (root / "reports").rglob("*") if path.is_file()}
+
+
+def test_what_a_clock_measured_is_in_files_named_timing(tmp_path):
+    study = fabricate.study(seeds=(0, 1), no_dropout={"test_accuracy": 0.9, "seconds": 10.0})
+    make(tmp_path, study)
+    once = {path: path.read_bytes() for path in (tmp_path / "reports").rglob("*") if path.is_file()}
+    for number, file in enumerate(sorted(tmp_path.glob("cells/*/*/timing.json"))):
+        timing = json.loads(file.read_text())
+        timing["epoch_seconds"] = [one * (2 + number) for one in timing["epoch_seconds"]]
+        file.write_text(json.dumps(timing | {"total_seconds": 100.0 + number}))
+    write_report(study, tmp_path)
+    changed = {path.relative_to(tmp_path / "reports") for path, before in once.items() if path.read_bytes() != before}
+    apart = {path.name for path in changed if not path.name.startswith("timing")}
+    assert apart == {"report.html", "report.md"}
+    assert {"timings.json", "tables/timing.csv", "figures/timing_pareto.png"} <= {str(path) for path in changed}
+
+
+SOURCE = """
+study: {name: fabricated, baseline: baseline}
+data: {dataset: digits, path: null, split: {validation: 0.2, test: 0.2}}
+model: {builder: cnn, dropout: 0.5, blocks: {block1: {filters: 8}}}
+train: {epochs: 60, steps_per_epoch: 5}
+seeds: [0]
+variants: {baseline: {}, no_dropout: {model: {dropout: 0.01}, train: {epochs: 3}}}
+"""
+
+
+def test_what_was_cut_is_said_in_the_headline_and_beside_reported_figures(tmp_path):
+    study = fabricate.study(("baseline", "no_dropout"), seeds=(0, 1), baseline={"test_accuracy": 0.99})
+    assert "is cut" not in make(tmp_path, study) + reports(tmp_path)[1]
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies/fabricated.yaml").write_text(SOURCE)
+    object.__setattr__(study.data, "limit", 20)
+    for variant in study.variants.values():
+        object.__setattr__(variant.train, "steps_per_epoch", 2)
+    said = (
+        "This study is cut: at most 20 images of each class in each set (data.limit); 64 of 160 images an epoch "
+        f"(train.steps_per_epoch); 6 of 60 epochs (train.epochs). {budget.NO_FAILURE}"
+    )
+    assert said in write_report(study, tmp_path)
+    _, html, markdown = reports(tmp_path)
+    assert "".join(Page(html).words).count(budget.NO_FAILURE) == markdown.count(budget.NO_FAILURE) == 3
+    for text in (html, markdown):
+        assert "Reproduced, cut" in text and "Reported test, not cut" in text and "6 of 60 epochs" in text
+    assert (
+        budget.cuts(study, budget.source(study, tmp_path), results.gather(study, tmp_path).card, "no_dropout")[2:] == []
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_ready_made_study_is_not_cut(path):
+    study = params.load(path)
+    card = {"counts": {"train": 50_000}, "class_counts": {}}
+    assert budget.told(study, budget.source(study, ROOT), card) == []
+    for settings in {id(one.train): one.train for one in study.variants.values()}.values():
+        object.__setattr__(settings, "epochs", 1)
+    assert "1 of " in budget.told(study, budget.source(study, ROOT), card)[0]
 
 
 def test_names_are_never_trusted(tmp_path):
@@ -545,6 +603,17 @@ def test_layers_that_differ_from_the_reference_are_marked(tmp_path):
     assert [row[-1] for row in table.rows] == ["differs", "new", "–"]
     base = pages.build(study, results.gather(study, tmp_path))["layers"]["baseline"]
     assert "Against baseline" not in base.columns
+
+
+def test_a_small_network_has_not_lost_all_parameters(usual):
+    root, study, _ = usual
+    material = results.gather(study, root)
+    material.results["variants"]["baseline"]["parameters"] = 542_230
+    material.results["variants"]["no_dropout"]["parameters"] = 1_995
+    page = pages.build(study, material)
+    texts = {finding["variant"]: finding["text"] for finding in page["findings"]}
+    assert "with 99.6\xa0% fewer parameters" in texts["no_dropout"]
+    assert ["1,995", "−99.6\xa0%"] in page["variants"].rows[1]
 
 
 def test_how_many_seeds_would_tell_is_said(usual):

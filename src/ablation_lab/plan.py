@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection, trial
+from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection, trial, words
 from ablation_lab.backend import keras, tf
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
@@ -508,10 +508,10 @@ def table(study: Params, first: list[Row], second: list[Row]) -> str:
     total = sum(len(row.reasons) * row.minutes for row in counted)
     among = f", phase two as with {second[0].base[0]}" if len({row.base[0] for row in second}) > 1 else ""
     cells = len(counted) * len(study.seeds)
-    spent = f", about {_duration(total)} one after another{among}" if left else ""
+    spent = f", about {words.duration(60 * total)} one after another{among}" if left else ""
     if any(row.sooner and row.reasons for row in counted):
         spent += "; less where early stopping ends a training"
-    lines.append(f"{left} of {cells} cells to train{spent}.")
+    lines.append(f"{left} of {words.counted(cells, 'cell')} to train{spent}.")
     if left:
         lines.append("`dvc repro` takes from DVC's cache what has been trained before with the same settings.")
     if study.data.dataset == "image_folder":
@@ -589,12 +589,6 @@ def _once(rows: list[Row]) -> list[str]:
         several = " and ".join(map(str, threads))
         lines.append(f"Features are shared by variants with equal train.threads only; this study has {several}.")
     return lines
-
-
-def _duration(minutes: float) -> str:
-    if minutes < 100:
-        return f"{max(minutes, 1):.0f} min"
-    return f"{minutes / 60:.0f} hours" if minutes < 100 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
 def _size(size: int) -> str:
@@ -749,10 +743,8 @@ def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[
             found = _augmented_shape(layer, image_shape)
         except Exception as error:
             if image_shape[-1] == 1 and _takes_colour(layer, image_shape):
-                raise LabError(
-                    f"Expected images in colour (data.color: rgb), as this layer changes no others. Found: grey ones of {given}.",
-                    place,
-                ) from error
+                expected = "images in colour (data.color: rgb), as this layer changes no others"
+                raise LabError(f"Expected {expected}. Found: grey ones of {given}.", place) from error
             told = f"{type(error).__name__}: {reason(error)}"
             raise LabError(f"Expected settings that Keras takes for images of {given}. Found: {told}", place) from error
         if found != image_shape:

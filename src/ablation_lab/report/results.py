@@ -13,6 +13,7 @@ from ablation_lab import cell, evaluation, files, selection, statistics
 from ablation_lab.errors import LabError
 from ablation_lab.params import Params
 from ablation_lab.report import budget
+from ablation_lab.words import counted
 
 LARGEST = 96  # pixels of a shown picture's longer side
 PAIRS, EXAMPLES = 3, 5  # pairs of confused classes that are shown for a variant, and pictures of each
@@ -263,7 +264,7 @@ def folded(network: dict[str, Any]) -> dict[str, Any]:
             layers.append({"name": whose, "type": "0 layers", "detail": "", "inputs": feeding} | NOTHING)
         one = layers[-1]
         count = int(one["type"].split()[0]) + 1
-        one |= {"type": f"{count} layer{'' if count == 1 else 's'}", "output_shape": layer["output_shape"]}
+        one |= {"type": counted(count, "layer"), "output_shape": layer["output_shape"]}
         one |= {key: one[key] + layer[key] for key in NOTHING}
     return network | {"layers": layers}
 
