@@ -85,7 +85,7 @@ def test_what_does_not_fit_names_variant_and_layer_all_at_once():
         ({"input": {"augment": {"RandomRotation": {"factor": 0.1, "interpolation": "xx"}}}}, "variants.bad: "),
         (
             {"model": {"activation": "glu"}},
-            "variants.bad: model.activation: Expected a Keras activation that keeps the shape and needs no arguments. Found: glu.",
+            "variants.bad: model.activation: Expected a Keras activation that keeps the shape and needs no",
         ),
         (
             {"model": {"head": {"dense1": {"activation": "threshold"}}}},
