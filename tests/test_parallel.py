@@ -164,6 +164,9 @@ def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
     study["seeds"] = [0]
     study["variants"] = {"broken": {"model": own}, "same": {"model": dict(own)}, "baseline": {}}
     study["variants"]["moody"] = {"model": own | {"builder": "networks.moody:build"}}
+    earlier = project / "reports/report.html"
+    earlier.parent.mkdir()
+    earlier.write_text("an earlier one")
     study["variants"]["wild"] = {"train": {"optimizer": {"learning_rate": 1e30}}}
     write_params(project, study)
     done = run(project, "ablab", "repro", "-j", "2")
@@ -194,7 +197,8 @@ def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
     states = {one["cell"]: one["state"] for one in results["partial"]["missing"]}
     assert states == {"broken-0": "failed", "same-0": "failed", "moody-0": "failed"}
     assert "I am in no mood for this." in (partial / "report.md").read_text()
-    assert "partial" not in "".join(path.name for path in project.glob("reports/*.html"))
+    assert earlier.read_text() == "an earlier one"
+    assert "reports/report.html is the report of an earlier state: it was not made again." in done.stderr
 
     # The same study without them is reported whole, and nothing is trained for it.
     for name in ("broken", "same", "moody"):
@@ -203,7 +207,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(project: Path):
     again = run(project, "ablab", "repro")
     passed(again)
     assert "at a time" not in again.stderr and "Running stage 'train" not in again.stdout
-    assert (project / "reports/report.html").exists() and not partial.exists()
+    assert "an earlier one" not in earlier.read_text() and not partial.exists()
     (partial / "figures").mkdir(parents=True)
     assert "Data and pipelines are up to date." in passed(run(project, "dvc", "status"))
 

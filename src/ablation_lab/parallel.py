@@ -134,8 +134,11 @@ def _side_by_side(waiting: list[Job], jobs: int, context: Any, root: Path, code:
                     except EOFError:
                         pipe.close()
                 for sentinel in running.keys() & set(ready):
-                    process, job, slot, _ = running.pop(sentinel)
+                    process, job, slot, pipe = running.pop(sentinel)
                     process.join()
+                    with suppress(EOFError, OSError):  # closed already: all epochs are known
+                        while pipe.poll():
+                            job.row = pipe.recv()
                     job.seconds = time.monotonic() - job.started
                     if process.exitcode:
                         job.failure = _reason(process.exitcode, logs / f"{job.name}.log")
