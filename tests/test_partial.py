@@ -103,12 +103,14 @@ def test_without_the_baseline_nothing_is_compared(project: Path):
 def test_what_is_out_of_date_is_left_out_and_sealed_stays_sealed(project: Path):
     study = TINY | {"study": TINY["study"] | {"test": "sealed"}}
     study["variants"] = {"baseline": {}, "no_dropout": {"model": {"dropout": 0.1}}, "new": {"model": {"dropout": 0.2}}}
+    study["finetune"] = {"variants": {"longer": {"train": {"epochs": 3}}}}
     write_params(project, study)
     for name in ("plan/new.json", "plan/networks/new.json"):
         shutil.copyfile(project / name.replace("new.", "no_dropout."), project / name)
     output, found = partial(project)
     assert "no_dropout-0, no_dropout-1: out of date: its settings in params.yaml have changed" in output
     assert "new-0, new-1: missing" in output
+    assert "longer-0, longer-1: missing: the first phase is not complete" in output
     assert list(found["variants"]) == ["baseline"]
     assert {cell["test_accuracy"] for cell in found["variants"]["baseline"]["cells"].values()} == {None}
     assert "The test part is sealed" in (project / "reports/partial/report.md").read_text()

@@ -179,7 +179,8 @@ def _cell(
 
 def _reason(status: int, log: Path) -> str:
     """Why a cell has failed, from what it has written."""
-    text = errors.COLOURS.sub("", log.read_text(errors="replace")).strip()
+    written = log.read_text(errors="replace") if log.exists() else ""  # it may end before its first line
+    text = errors.COLOURS.sub("", written).strip()
     if status == -signal.SIGKILL:
         return f"killed, perhaps as the memory was full. {FEWER}"
     if status < 0:
