@@ -205,9 +205,9 @@ def gather(study: Params, root: Path, evaluated: Path | None = None, partial: di
             "test_accuracy": statistics.summarize(right[name]),
             "delta": deltas.get(name, none),
             "no_effect": {
-                reference: seeds
+                reference: same
                 for reference in dict.fromkeys((baseline, variant.compared_with))
-                if reference and reference != name and (seeds := evaluation.unaffected(cells, name, reference))
+                if reference and reference != name and (same := evaluation.unaffected(cells, name, reference))
             },
         }
     results = {
