@@ -126,7 +126,7 @@ def _installed(project: Path) -> Path:
         return folder / "bin"
     shutil.rmtree(folder, ignore_errors=True)  # a moved or copied project's
     venv.create(folder, symlinks=True)
-    for name in ("ablab", "dvc", "mlflow", "ray"):
+    for name in ("ablab", "dvc", "mlflow", "ray", "uvicorn"):  # the last one serves MLflow's models
         for entry in entry_points(group="console_scripts", name=name):
             script = folder / "bin" / name
             script.write_text(SCRIPT.format(python=folder / "bin/python", module=entry.module, function=entry.attr))
