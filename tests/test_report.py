@@ -89,7 +89,7 @@ def test_results_keep_the_contract(usual):
     assert set(found["data"]) == {"name", "classes", "counts", "digest"}
     assert list(found["variants"]) == ["baseline", "no_dropout", "big_pool"]
     for variant in found["variants"].values():
-        keys = {"parameters", "macs", "differences", "reported", "cells", "test_accuracy", "delta"}
+        keys = {"parameters", "macs", "differences", "reported", "cells", "test_accuracy", "delta", "no_effect"}
         assert set(variant) == keys
         assert list(variant["cells"]) == ["0", "1", "2"]
         keys = {"status", "cell_hash", "epochs", "best_epoch", "train_accuracy", "validation_accuracy", "test_accuracy"}
