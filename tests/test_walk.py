@@ -31,7 +31,7 @@ HOURS = "hours"
 GRID = "needs the grid or the search before it, which take hours and the network"
 GPU = "a GPU"
 NODE = "another machine"
-TEAM = "root, or another machine with a name of its own"
+TEAM = "root, or another machine with a name of its own; tests/test_team.py runs it with servers of its own"
 PLACEHOLDER = "a placeholder that the reader fills in"
 LEFT_OUT = {
     ("README.md", "make repro", "make test"): "the suite that this test is a part of; CI runs it",
@@ -49,12 +49,9 @@ LEFT_OUT = {
         "dvc cache dir --local /shared/dvc-cache",
         "dvc cache dir --local /shared/dvc-cache",
     ): "a folder that several machines share",
-    (
-        "docs/parallel.md",
-        "export RAY_AUTH_MODE=token",
-        "ray start --head --node-ip-address=10.0.0.1 --port=6379",
-    ): NODE,
-    ("docs/parallel.md", "export RAY_AUTH_MODE=token", "ray start --address=10.0.0.1:6379"): NODE,
+    ("docs/parallel.md", "export RAY_AUTH_MODE=token", "ssh ..."): NODE,
+    ("docs/parallel.md", "export RAY_AUTH_MODE=token", "scp ..."): NODE,
+    ("docs/parallel.md", "export RAY_AUTH_MODE=token", "ray start ..."): NODE,
     (
         "docs/parallel.md",
         "ablab repro --engine ray --address 10.0.0.1:6379",
@@ -80,11 +77,13 @@ LEFT_OUT = {
     ("docs/search.md", "dvc exp apply NAME", "dvc exp run -S study.test=scored"): GRID,
     ("docs/team.md", "sudo -u postgres createuser mlflow ...", "sudo -u postgres createuser mlflow --pwprompt"): TEAM,
     ("docs/team.md", "sudo -u postgres createuser mlflow ...", "sudo -u postgres createdb mlflow --owner mlflow"): TEAM,
-    ("docs/team.md", "mkdir -p /srv/objects ...", "mkdir -p /srv/objects/mlflow /srv/objects/dvc"): TEAM,
-    ("docs/team.md", "mkdir -p /srv/objects ...", "rclone serve s3 /srv/objects ..."): TEAM,
     ("docs/team.md", "export AWS_ACCESS_KEY_ID=… ...", "export AWS_ACCESS_KEY_ID=… ..."): PLACEHOLDER,
+    ("docs/team.md", "export AWS_ACCESS_KEY_ID=… ...", "mkdir -p /srv/objects/mlflow /srv/objects/dvc"): TEAM,
+    ("docs/team.md", "export AWS_ACCESS_KEY_ID=… ...", "rclone serve s3 /srv/objects ..."): TEAM,
     ("docs/team.md", "export AWS_ACCESS_KEY_ID=… ...", "mlflow server --host 0.0.0.0 ..."): PLACEHOLDER,
     ("docs/team.md", "export MLFLOW_TRACKING_URI=http://server:5000", "export AWS_ACCESS_KEY_ID=… ..."): PLACEHOLDER,
+    ("docs/team.md", "dvc repro", "dvc push"): TEAM,
+    ("docs/team.md", "dvc pull", "dvc pull"): TEAM,
 }  # comments are left away, and "..." ends a beginning
 
 # What a user does in an editor, as the page's comment says.
