@@ -146,6 +146,14 @@ def backbone(**settings) -> params.Params:
     )
 
 
+def test_layers_that_have_nothing_to_train_are_told():
+    """The last three of SqueezeNet are two activations and a concatenation."""
+    lints = plan.describe(backbone(trainable={"last": 3}), (32, 32, 3), 10)["baseline"]["lints"]
+    assert "the layers that model.trainable names have no weights, so none of the backbone is trained" in lints
+    lints = plan.describe(backbone(trainable={"last": 10}), (32, 32, 3), 10)["baseline"]["lints"]
+    assert not [one for one in lints if "no weights" in one]
+
+
 def test_a_file_of_weights_is_the_backbones(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])

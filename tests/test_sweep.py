@@ -87,7 +87,7 @@ TRAINED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "model.pool_type": sets("model.pool_type", "average"),
     "model.dropout": sets("model.dropout", 0.5) + sets("model.blocks.block1.dropout", 0),
     "model.backbone": sets("model.backbone", "MobileNetV2", bases="transfer"),
-    "model.trainable": sets("model.trainable", "all", {"last": 3}, {"from_layer": 60}, bases="transfer"),
+    "model.trainable": sets("model.trainable", "all", {"last": 10}, {"from_layer": 50}, bases="transfer"),
     "model.head_from": sets("model.head_from", "global_average", "global_max")
     + sets("model.head_from", "flatten", bases="resnet transfer"),
     "model.features_dropout": sets("model.features_dropout", 0.5, bases="cnn resnet transfer"),
@@ -213,7 +213,7 @@ def test_each_value_of_a_list_has_a_case():
 
 def study(base: str, patch: dict[str, Any] | None = None, **data: Any) -> params.Params:
     made = copy.deepcopy(TINY) | {"seeds": [0]} | copy.deepcopy(BASES[base])
-    made["data"] |= data | ({"color": "rgb", "image_size": [32, 32]} if base == "transfer" else {})
+    made["data"] |= data | ({"color": "rgb", "image_size": [64, 64]} if base == "transfer" else {})
     made["variants"] = {"baseline": {}} | ({"changed": patch} if patch else {})
     return params.validate(made, "params.yaml")
 
@@ -282,7 +282,7 @@ def test_what_is_refused_names_its_key(root, monkeypatch, base, patch, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(LabError) as caught:
         made = study(base, patch)
-        shape = (32, 32, 3) if base == "transfer" else (8, 8, 1)
+        shape = (64, 64, 3) if base == "transfer" else (8, 8, 1)
         plan.describe(made, shape, 10, root)
     assert message in str(caught.value)
 

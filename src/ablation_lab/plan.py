@@ -158,6 +158,10 @@ class _Describer:
             lints.append(unseen)
         if variant.model.builder == "transfer" and not selected:
             lints += weights.lints(fixed["model"])
+        if fixed["model"].get("trainable", "none") != "none" and not any(
+            one.trainable_weights for one in transfer.own_layers(network)
+        ):
+            lints.append("the layers that model.trainable names have no weights, so none of the backbone is trained")
         if models.output(fixed["model"]) != "sigmoid" and fixed["train"]["loss"].lower().startswith("binary"):
             lints.append("its loss takes each class by itself: to softmax and logits belongs categorical_crossentropy")
         if prefix and not prefix["once"]:
