@@ -13,7 +13,19 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ablation_lab import backend, cell, datasets, files, frozen, models, optimization, params, selection, trial, words
+from ablation_lab import (
+    backend,
+    cell,
+    datasets,
+    files,
+    frozen,
+    models,
+    optimization,
+    params,
+    selection,
+    trial,
+    words,
+)
 from ablation_lab.backend import keras, tf
 from ablation_lab.datasets import fetch
 from ablation_lab.errors import LabError
@@ -30,6 +42,8 @@ SECONDS_A_WEIGHT = 4e-9  # of a step, for the optimizer to go through a trained 
 
 # A training needs room for each weight four times: itself, its gradient, two moments of its optimizer's.
 MOST_WEIGHTS = 10**9
+# Outside of DVC's outputs: a plan's bytes don't depend on what was tried before.
+TRIED = Path("resume/tried.json")
 UNTRIED = "too large to be tried: whether it can be trained shows in training"
 
 Facts = dict[str, Any]
@@ -197,11 +211,10 @@ class _Describer:
 
 def _tried_before(root: Path) -> set[str]:
     """What the last plan has tried, so that an unchanged network isn't tried again."""
-    found = set()
-    for path in (root / "plan").glob("**/networks/*.json"):
-        with suppress(OSError, ValueError, AttributeError):
-            found.add(json.loads(path.read_text(encoding="utf-8")).get("tried"))
-    return found - {None}
+    try:
+        return set(json.loads((root / TRIED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _ready_made(network: keras.Model, variant: Variant) -> dict[str, str]:
@@ -302,6 +315,8 @@ def write(
         _write(folder, study.variants, described, root)
         for selected, facts in (second or {}).items():
             _write(folder / "second" / selected, study.second[selected], facts, root, described[selected])
+    tried = {facts["tried"] for one in [described, *(second or {}).values()] for facts in one.values()}
+    files.write_json(root / TRIED, sorted(tried - {None}))
     names = [*study.variants, *study.second_names]
     for place in (root / "cells", root / cell.VALIDATION):
         wanted = {f"{name}/seed-{seed}" for name in names for seed in study.seeds}
@@ -320,7 +335,7 @@ def _write(
     for name, variant in variants.items():
         text = params.canonical_json(settings(variant, root, described[name].get("frozen"), start))
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        text = params.canonical_json(described[name])
+        text = params.canonical_json({key: value for key, value in described[name].items() if key != "tried"})
         (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
 
 
