@@ -5,7 +5,7 @@ import resource
 
 import one_thread  # noqa: F401
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run, write_params
 
 from ablation_lab import cell, models, params, plan, trial
 from ablation_lab.backend import keras
@@ -108,6 +108,15 @@ def test_what_would_stop_a_training_stops_the_plan(patch, message):
     assert "\x1b" not in str(caught.value)
 
 
+def test_the_command_refuses_what_cannot_be_trained(project):
+    study = copy.deepcopy(TINY)
+    study["variants"] |= {"gated": {"model": {"activation": "glu"}}}
+    write_params(project, study)
+    done = run(project, "ablab", "plan")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "gated: model.activation: Expected as many values as before. Found: glu" in done.stderr
+
+
 TRAINED_ALONE = """
 import keras
 
@@ -174,8 +183,8 @@ def test_an_augmentation_that_changes_nothing_is_told():
 
 def test_one_step_is_enough_for_networks_of_one_kind_and_none_where_the_last_plan_had_it(tmp_path, monkeypatch):
     steps = []
-    run = trial.run
-    monkeypatch.setattr(trial, "run", lambda *given: steps.append(given) or run(*given))
+    step = trial.run
+    monkeypatch.setattr(trial, "run", lambda *given: steps.append(given) or step(*given))
     study = study_with(
         wide={"model": {"blocks": {"block1": {"filters": 30}}}},
         half={"train": {"precision": "mixed_float16"}},
