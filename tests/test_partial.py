@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, new_project, passed, run, write_params
 
 from ablation_lab import cell, files, params
+from ablation_lab.report.partial import write_partial
 
 PAGES = ("report.html", "report.md")
 
@@ -70,6 +71,14 @@ def test_the_cells_that_are_there_are_reported_and_the_others_named(project: Pat
     assert {path: path.read_bytes() for path in before} == before
     assert (project / "evaluation/cells.json").read_bytes() == evaluated
     assert (project / "reports/partial/mine.txt").read_text() == "a user's"
+
+
+def test_a_later_partial_report_keeps_why_a_cell_failed(project: Path):
+    shutil.rmtree(project / "cells/no_dropout/seed-1")
+    write_partial(params.load(project / "params.yaml"), project, {("no_dropout", 1): "the network's own words"})
+    output, found = partial(project)
+    assert "no_dropout-1: failed: the network's own words" in output
+    assert [one["state"] for one in found["partial"]["missing"]] == ["failed"]
 
 
 def test_the_whole_report_removes_the_partial_one_and_nothing_of_the_users(project: Path):

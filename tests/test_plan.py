@@ -401,3 +401,11 @@ def test_layers_of_any_kind_can_be_described():
     described = plan._layer(placed[1])
     assert described["output_shape"] == [4, 4, 2] and described["detail"] == "3" and described["inputs"] == ["image"]
     assert plan._uncounted(placed) == "its multiply-accumulates leave out Odd"
+
+
+def test_a_test_set_that_the_data_does_not_come_with_is_refused_before_anything_is_prepared(tmp_path):
+    text = "data:\n  dataset: digits\n  path: null\n  split: {validation: 0.2, test: given}\n"
+    study = params.validate(TINY | {"data": {"dataset": "digits", "path": None}}, "params.yaml", text)
+    with pytest.raises(LabError) as caught:
+        plan.pictures(study, tmp_path)
+    assert str(caught.value).startswith("params.yaml, line 4: data.split.test: Expected a fraction like 0.2, as digits")

@@ -6,7 +6,7 @@ is kept, locked, cached and tracked is what `dvc repro` alone makes.
 """
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,11 @@ def repro(root: Path, at_a_time: int | None, engine: str = "local", address: str
         LabError: when the code that is running is not the project's.
     """
     before = locked(root)
-    status = _repro(root, at_a_time, engine, address)
-    put_in_order(root, before)
-    return status
+    try:
+        return _repro(root, at_a_time, engine, address)
+    finally:
+        with suppress(LabError):  # another DVC is at work: the order is no reason to fail
+            put_in_order(root, before)
 
 
 def _repro(root: Path, at_a_time: int | None, engine: str, address: str | None) -> int:

@@ -36,7 +36,8 @@ def write_partial(study: Params, root: Path, failed: Mapping[Cell, str] | None =
     """
     whole, lacking = _both_phases(study, root)
     missing = lacking | _missing(whole, root)
-    missing |= {one: ("failed", reason) for one, reason in (failed or {}).items() if one in missing}
+    last = {one: reason for one, reason in _failed_before(root).items() if missing.get(one, ("",))[0] == "missing"}
+    missing |= {one: ("failed", reason) for one, reason in (last | dict(failed or {})).items() if one in missing}
     there = [one for one in whole.cells if one not in missing]
     if not there:
         (name, seed), (state, reason) = next(iter(missing.items()))
@@ -60,6 +61,16 @@ def write_partial(study: Params, root: Path, failed: Mapping[Cell, str] | None =
     absent = "".join(f"\n{cells}: {reason}" for cells, reason in summary.missing(material.results))
     told = f"{len(there)} of {counted(len(there) + len(missing), 'cell')}"
     return f"{table}\n{absent}\n\nPartial report: {FOLDER}/report.html, {told}"
+
+
+def _failed_before(root: Path) -> dict[Cell, str]:
+    """The cells that the last partial report names as failed, each with the reason: a later one keeps it."""
+    try:
+        missing = files.read_json(root / FOLDER / "results.json")["partial"]["missing"]
+    except (LabError, KeyError, TypeError):
+        return {}
+    named = ((*one["cell"].rpartition("-")[::2], one["reason"]) for one in missing if one["state"] == "failed")
+    return {(name, int(seed)): reason for name, seed, reason in named}
 
 
 def _listed(missing: Mapping[Cell, tuple[str, str]]) -> list[dict[str, str]]:

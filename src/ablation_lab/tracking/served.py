@@ -186,7 +186,7 @@ def crown(client: MlflowClient, identity: Identity, model_id: str, run_id: str, 
 def _best(client: MlflowClient, study: str, digest: str) -> ModelVersion | None:
     """The version with the highest validation accuracy on some data, of equal ones the oldest."""
     versions = client.search_model_versions(f"name = '{study}'")
-    same = [one for one in versions if one.tags.get(DATA) == digest]
+    same = [one for one in versions if one.tags.get(DATA) == digest and SCORE in one.tags]
     return max(same, key=lambda one: (_score(one), -int(one.version)), default=None)
 
 
