@@ -26,6 +26,7 @@ def test_an_optimizer_gets_its_arguments():
             "train.optimizer.momentm: Expected an argument of SGD. Found: momentm. Did you",
         ),
         ({"name": "adam", "nesterov": True}, "A variant drops an inherited one with `nesterov: null`."),
+        ({"name": "adam", "momentum": 0.9}, "Found: momentum. A variant drops an inherited one with `momentum: null`."),
         (
             {"name": "sgd", "momentum": 7},
             "train.optimizer.momentum: Expected a number of at least 0 and less than 1. Found: 7.",

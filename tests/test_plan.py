@@ -7,7 +7,7 @@ import one_thread  # noqa: F401
 import pytest
 from conftest import ROOT, TINY, run, write_params
 
-from ablation_lab import cell, models, params, plan, trial
+from ablation_lab import cell, models, params, plan, study_file, trial
 from ablation_lab.backend import keras
 from ablation_lab.errors import LabError
 
@@ -243,6 +243,57 @@ def test_what_is_wrong_in_the_base_is_said_once():
         describe(params.validate(study))
     assert str(caught.value).count("Did you mean relu?") == 1
     assert str(caught.value).startswith("params.yaml: variants.baseline, no_dropout: ")
+
+
+INHERITED = """\
+study: {name: inherited, baseline: baseline}
+data: {dataset: digits, path: null, split: {test: 0.2}}
+model: {builder: mlp}
+train:
+  optimizer:
+    name: sgd
+    momentum: 0.9
+seeds: [0]
+variants:
+  baseline: {}
+  adam: {train: {optimizer: {name: adam}}}
+  decayed: {train: {optimizer: {name: adamw}}}
+  ftrl: {train: {optimizer: {name: adam, momentum: null, rho: 1}}}
+"""
+
+
+def test_a_mistake_of_a_variant_in_an_inherited_setting_names_the_variant():
+    """The line is the base's, which is right without these variants."""
+    study = params.validate(study_file.parse(INHERITED, "s1.yaml"), "s1.yaml", INHERITED)
+    with pytest.raises(LabError) as caught:
+        describe(study)
+    drop = "Found: momentum. A variant drops an inherited one with `momentum: null`."
+    assert str(caught.value).split("\n       ") == [
+        f"s1.yaml, line 7: train.optimizer.momentum (in variants.adam): Expected an argument of Adam. {drop}",
+        f"s1.yaml, line 7: train.optimizer.momentum (in variants.decayed): Expected an argument of AdamW. {drop}",
+        "s1.yaml, line 13: variants.ftrl.train.optimizer.rho: Expected an argument of Adam. Found: rho. "
+        "A variant drops an inherited one with `rho: null`.",
+    ]
+
+
+def test_a_mistake_in_the_base_names_the_variants_that_have_it():
+    text = INHERITED[: INHERITED.index("  adam:")].replace("momentum: 0.9", "momentum: 9")
+    fails = "momentum{}: Expected a number of at least 0 and less than 1. Found: 9."
+    every = "  also: {model: {l2: 0.1}}\n"
+    some = every + "  right: {train: {optimizer: {momentum: 0.5}}}\n"
+    for variants, among in ((every, ""), (some, " (in variants.baseline, also)")):
+        with pytest.raises(LabError) as caught:
+            describe(params.validate(study_file.parse(text + variants, "s1.yaml"), "s1.yaml", text + variants))
+        assert str(caught.value) == f"s1.yaml, line 7: train.optimizer.{fails.format(among)}"
+
+
+def test_classes_of_the_base_name_the_variants_that_have_them():
+    text = INHERITED[: INHERITED.index("  adam:")] + "  other: {train: {class_weights: null}}\n"
+    text = text.replace("train:\n", "train:\n  class_weights: {ten: 2}\n", 1)
+    with pytest.raises(LabError) as caught:
+        plan.check_names(params.validate(study_file.parse(text, "s1.yaml"), "s1.yaml", text), ["one", "two"])
+    told = "s1.yaml, line 5: train.class_weights (in variants.baseline): Expected names of classes. Found: ten. "
+    assert str(caught.value).startswith(told)
 
 
 def test_an_integer_will_do_where_keras_wants_a_float():

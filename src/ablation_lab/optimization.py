@@ -163,7 +163,8 @@ def _construct(kind: type, settings: dict[str, Any], place: tuple[str, ...], tab
     valid = [name for name in parameters if name not in ("name", "kwargs")]
     for name in settings:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
+            # An argument of others is rather inherited than misspelt.
+            near = [] if name in table else difflib.get_close_matches(name, valid, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"A variant drops an inherited one with `{name}: null`."
             raise LabError(f"Expected an argument of {kind.__name__}. Found: {name}. {hint}", (*place, name))
     arguments.check(kind, settings, place, table)

@@ -475,22 +475,38 @@ class Params:
         """Both phases as one study, once a variant of the first is selected."""
         return replace(self, variants=self.variants | self.second[selected])
 
-    def located(self, error: LabError, name: str, selected: str | None = None) -> str | None:
-        """The message of a mistake in a variant's settings, with the line and the key that the user wrote.
+    def located(self, errors: Mapping[str, LabError], selected: str | None = None) -> list[str]:
+        """The messages of mistakes in variants' settings, each once, with the line and the key that the user wrote.
 
         A setting comes from the variant's patch, in phase two from the patch of the `selected` variant, or from the
-        base; a block or a dense layer may have it from `model`.
+        base; a block or a dense layer may have it from `model`. Where it doesn't come from the variant's own patch, a
+        message names the variants, unless all of the first phase have the mistake.
 
-        Returns:
-            None where the text has no such key.
+        Args:
+            errors: by the name of the variant, of the second phase where a variant is `selected`.
         """
-        patches: list[tuple] = [("finetune", "variants", name), ("variants", selected)] if selected else []
-        patches = patches or [("variants", name)]
-        for place in [error.place, _inherited_from(error.place)]:
-            for patch in [*patches, ()] if place else ():
-                whole = (*patch, *place)
-                if self._lines.has(whole):
-                    return f"{self.file}, line {self._lines.of(whole)}: {dotted(whole)}: {error.text}"
+        found: dict[tuple[tuple, str], list[str]] = {}
+        elsewhere: dict[str, list[str]] = {}  # what the text has no key for
+        phase = ("finetune", "variants") if selected else ("variants",)
+        for name, error in errors.items():
+            if whole := self._written(error.place, [(*phase, name), *([("variants", selected)] if selected else [])]):
+                found.setdefault((whole, error.text), []).append(name)
+            else:
+                elsewhere.setdefault(str(error), []).append(name)
+        told = []
+        for (whole, text), names in found.items():
+            own = whole[: len(phase) + 1] == (*phase, names[0])
+            every = own or (not selected and len(names) == len(self.variants))
+            among = "" if every else f" (in {dotted(phase)}.{listed(names)})"
+            told.append(f"{self.file}, line {self._lines.of(whole)}: {dotted(whole)}{among}: {text}")
+        return told + [f"{self.file}: {dotted(phase)}.{', '.join(names)}: {text}" for text, names in elsewhere.items()]
+
+    def _written(self, place: tuple, patches: list[tuple]) -> tuple | None:
+        """Where the text has a setting: in the first of the patches that has it, or in the base."""
+        for one in [place, _inherited_from(place)]:
+            for patch in [*patches, ()] if one else ():
+                if self._lines.has((*patch, *one)):
+                    return (*patch, *one)
         return None
 
     @cached_property

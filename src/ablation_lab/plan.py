@@ -55,14 +55,15 @@ def check_names(study: Params, classes: list[str]) -> None:
     Raises:
         LabError: naming the variant and the class.
     """
-    first = [(None, variant) for variant in study.variants.values()]
-    second = [(name, variant) for name, variants in study.second.items() for variant in variants.values()]
-    for selected, variant in [*first, *second]:
-        try:
-            optimization.class_weights(variant.train.class_weights, classes, np.zeros(0, np.int64))
-        except LabError as error:
-            told = study.located(error, variant.name, selected)
-            raise LabError(told or f"{study.file}: variants.{variant.name}: {error}") from None
+    for selected, variants in [(None, study.variants), *study.second.items()]:
+        errors = {}
+        for name, variant in variants.items():
+            try:
+                optimization.class_weights(variant.train.class_weights, classes, np.zeros(0, np.int64))
+            except LabError as error:
+                errors[name] = error
+        if errors:
+            raise LabError("\n       ".join(study.located(errors, selected)))
 
 
 def describe(
@@ -86,7 +87,7 @@ def describe(
     Raises:
         LabError: naming the variant, and the layer or the setting, of everything that can't be built.
     """
-    return _Describer(study, image_shape, classes, root, pictures).all(study.variants, "variants")
+    return _Describer(study, image_shape, classes, root, pictures).all(study.variants)
 
 
 def describe_both(
@@ -94,10 +95,9 @@ def describe_both(
 ) -> tuple[dict[str, Facts], dict[str, dict[str, Facts]]]:
     """As `describe`, and of the second phase what its variants are for each variant that may be selected."""
     describer = _Describer(study, image_shape, classes, root, pictures)
-    first = describer.all(study.variants, "variants")
+    first = describer.all(study.variants)
     second = {
-        name: describer.all(variants, "finetune.variants", (study.variants[name], first[name]))
-        for name, variants in study.second.items()
+        name: describer.all(variants, (study.variants[name], first[name])) for name, variants in study.second.items()
     }
     return first, second
 
@@ -113,14 +113,11 @@ class _Describer:
         self.passed: set[str] = set()  # what trial steps have shown
         self.known = _tried_before(root)
 
-    def all(
-        self, variants: dict[str, Variant], where: str, selected: tuple[Variant, Facts] | None = None
-    ) -> dict[str, Facts]:
+    def all(self, variants: dict[str, Variant], selected: tuple[Variant, Facts] | None = None) -> dict[str, Facts]:
         """Facts of all variants of a phase; in the second one they start from the `selected` one's weights."""
         found: dict[str, Facts] = {}
         fingerprints: dict[str, str] = {}
-        problems: dict[str, list[str]] = {}
-        located: dict[str, None] = {}
+        errors: dict[str, LabError] = {}
         start = _shapes(self._network(selected[0])) if selected else None
         for name, variant in variants.items():
             try:
@@ -132,16 +129,9 @@ class _Describer:
                     )
                 found[name] = self._facts(name, variant, network, fingerprints, selected)
             except LabError as error:
-                if line := self.study.located(error, name, selected[0].name if selected else None):
-                    located[line] = None
-                else:
-                    problems.setdefault(str(error), []).append(name)
-        if problems or located:
-            # What is wrong in the base is wrong in every variant, and said once.
-            file = self.study.file
-            told = [*located]
-            told += [f"{file}: {where}.{', '.join(names)}: {text}" for text, names in problems.items()]
-            raise LabError("\n       ".join(told))
+                errors[name] = error
+        if errors:
+            raise LabError("\n       ".join(self.study.located(errors, selected[0].name if selected else None)))
         return found
 
     def _network(self, variant: Variant) -> keras.Model:
