@@ -217,6 +217,44 @@ def test_values_of_the_kinds_that_the_function_asks_for_are_taken(own_networks, 
     assert own("networks.mine:typed", **settings)
 
 
+UNRESOLVED = """
+from __future__ import annotations
+
+import typing
+from typing import Any, Literal, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+
+def annotated(
+    image_shape: tuple[int, int, int],
+    classes: int,
+    residual: bool = True,
+    several: bool | list = True,
+    unknown: bool | keras.Layer = False,
+    invalid: typing.nothing[0] = True,
+    mode: bool | str = True,
+    kept: bool | Literal["first", "last"] = True,
+    free: Any = False,
+    either: str | keras.Layer | bool = False,
+) -> keras.Model:
+    from networks.mine import sigmoids
+
+    return sigmoids(image_shape, classes)
+"""
+
+
+def test_annotations_that_only_a_type_checker_resolves_hide_no_others(own_networks):
+    (own_networks / "networks" / "unresolved.py").write_text(UNRESOLVED)
+    for name in ("residual", "several", "unknown", "invalid"):
+        with pytest.raises(models.NetworkError) as caught:
+            own("networks.unresolved:annotated", **{name: "no"})
+        assert f'model.{name}: Expected true or false. Found: "no". Write false' in str(caught.value)
+    taken = {"residual": False, "several": [1], "unknown": True, "invalid": 3, "mode": "no", "kept": "last"}
+    assert own("networks.unresolved:annotated", **taken, free="no", either="no")
+
+
 def test_the_place_in_the_users_own_file_is_told(own_networks):
     with pytest.raises(models.NetworkError, match=r"mine\.py, line 14\)"):
         own("networks.mine:broken")

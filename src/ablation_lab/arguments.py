@@ -2,6 +2,7 @@
 unchecked. A text is true wherever a truth value is asked for, and a negative `clipnorm` trains without a word."""
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -118,13 +119,21 @@ def check_own(function: Callable[..., Any], settings: Mapping[str, Any], place: 
     Raises:
         LabError: for the first such value.
     """
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in settings:
+            resolved = parameter.replace(annotation=_resolved(parameter.annotation, names))
+            _check_kind(resolved, settings[name], (*place, name))
+
+
+def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
+    """An annotation that is a text, as what it means; as it is where only a type checker can resolve it."""
+    if not isinstance(annotation, str):
+        return annotation
     try:
-        parameters = inspect.signature(function, eval_str=True).parameters
-    except NameError:  # annotations that only a type checker can resolve
-        parameters = inspect.signature(function).parameters
-    for name, value in settings.items():
-        if name in parameters:
-            _check_kind(parameters[name], value, (*place, name))
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__={"it": annotation}), names)["it"]
+    except Exception:  # whatever the user's text makes Python raise
+        return annotation
 
 
 def _check_kind(parameter: inspect.Parameter, value: Any, place: Place) -> None:
@@ -133,10 +142,23 @@ def _check_kind(parameter: inspect.Parameter, value: Any, place: Place) -> None:
         if isinstance(value, list) and not isinstance(parameter.default, bool):
             return  # several numbers, one for each dimension, where the default is a single one
         kinds = {type(parameter.default)}
+    if kinds is None and isinstance(parameter.default, bool) and isinstance(value, str):
+        kinds = None if _takes_text(parameter.annotation) else {bool}  # a text would be true, whatever it says
     if kinds is None or type(value) in kinds or (_is_number(value) and kinds & set(NUMBERS)):
         return
     expected = " or ".join(dict.fromkeys(name for kind, name in KINDS.items() if kind in kinds))
     raise LabError(f"Expected {expected}. Found: {shown(value)}.{truth_hint(value) if bool in kinds else ''}", place)
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether an annotation names texts among others."""
+    if isinstance(annotation, str):  # not resolved
+        return bool(re.search(r"\b(str|Any|object|Literal)\b", annotation))
+    if typing.get_origin(annotation) is typing.Literal:
+        return any(isinstance(one, str) for one in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return any(map(_takes_text, typing.get_args(annotation)))
+    return annotation in (Any, object) or (isinstance(annotation, type) and issubclass(annotation, str))
 
 
 def _annotated(annotation: Any) -> set[type] | None:
