@@ -119,7 +119,10 @@ STEPS = {"name": "PiecewiseConstantDecay", "boundaries": [100, 200], "values": [
             {"learning_rate": COSINE | {"warmup_target": 0.2, "warmup_steps": -5}},
             "learning_rate.warmup_steps: Expected a whole number of at least 0. Found: -5.",
         ),
-        ({"learning_rate": POLYNOMIAL | {"end_learning_rate": 0.2}}, "end_learning_rate: Expected at most initial_"),
+        (
+            {"learning_rate": POLYNOMIAL | {"initial_learning_rate": 0, "end_learning_rate": 0}},
+            "initial_learning_rate: Expected a number greater",
+        ),
         ({"learning_rate": POLYNOMIAL | {"cycle": "no"}}, "cycle: Expected true or false."),
         ({"learning_rate": POLYNOMIAL | {"power": -1}}, "power: Expected a number greater than 0."),
         (
@@ -130,7 +133,11 @@ STEPS = {"name": "PiecewiseConstantDecay", "boundaries": [100, 200], "values": [
             {"learning_rate": POLYNOMIAL | {"name": "InverseTimeDecay", "decay_rate": -1}},
             "decay_rate: Expected a number greater than 0. Found: -1.",
         ),
-        ({"learning_rate": STEPS | {"values": [0.1, -0.1, 0.1]}}, "values: Expected a list of numbers greater than 0."),
+        ({"learning_rate": STEPS | {"values": [0.1, -0.1, 0.1]}}, "values: Expected a list of numbers of at least 0"),
+        (
+            {"learning_rate": STEPS | {"values": [0, 0, 0.0]}},
+            "values: Expected a list of numbers of at least 0, not all",
+        ),
         ({"learning_rate": STEPS | {"boundaries": [200, 100]}}, "boundaries: Expected a list of ascending numbers"),
     ],
 )
@@ -141,10 +148,39 @@ def test_an_argument_that_keras_does_not_check_is_refused(settings, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("rate", [COSINE, COSINE | {"warmup_steps": 5, "warmup_target": 0.2}, POLYNOMIAL, STEPS])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        COSINE,
+        COSINE | {"warmup_steps": 5, "warmup_target": 0.2},
+        POLYNOMIAL,
+        POLYNOMIAL | {"end_learning_rate": 0.2},
+        POLYNOMIAL | {"initial_learning_rate": 0, "end_learning_rate": 0.2},
+        STEPS,
+        STEPS | {"values": [0.1, 0.01, 0]},
+    ],
+)
 def test_schedules_that_mean_something_are_taken(rate):
     found = optimization.optimizer({"name": "sgd", "momentum": 0, "nesterov": False, "learning_rate": rate})
     assert float(found.learning_rate) >= 0
+
+
+def test_a_ramp_ends_at_its_end():
+    ramp = POLYNOMIAL | {"initial_learning_rate": 0, "end_learning_rate": 0.2}
+    found = optimization.optimizer({"name": "sgd", "learning_rate": ramp})
+    assert [float(found._learning_rate(step)) for step in (0, 50, 100, 200)] == pytest.approx([0, 0.1, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_momentum_0_ablates_nesterov_too(name):
+    given = {"name": name, "learning_rate": 0.1, "nesterov": True}
+    if name == "sgd":
+        with pytest.raises(LabError, match="nesterov: Expected false, or a momentum"):
+            optimization.optimizer(given)
+    found = optimization.optimizer(given | {"momentum": 0})
+    weight = keras.Variable(np.ones((2, 2), np.float32))
+    found.apply([np.ones((2, 2), np.float32)], [weight])
+    assert (np.asarray(weight) < 1).any()
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ ASCENDING = (
     lambda value: isinstance(value, list) and all(map(_is_number, value)) and sorted({0, *value}) == [0, *value],
 )
 RATES = (
-    "a list of numbers greater than 0",
-    lambda value: isinstance(value, list) and all(_is_number(one) and one > 0 for one in value),
+    "a list of numbers of at least 0, not all of them 0",
+    lambda value: isinstance(value, list) and all(_is_number(one) and one >= 0 for one in value) and any(value),
 )
 
 # Of optimizers. The same name means the same in all of them.

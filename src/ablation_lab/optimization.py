@@ -130,7 +130,7 @@ def _find(name: str, known: Mapping[str, type], place: tuple[str, ...], what: st
 
 
 def _check_schedule(settings: dict[str, Any], place: tuple[str, ...]) -> None:
-    """Refuse what has no effect beside the other arguments of a schedule, or the opposite one."""
+    """Refuse what has no effect beside the other arguments of a schedule."""
     start, end = settings.get("initial_learning_rate", 0), settings.get("end_learning_rate")
     steps, target = settings.get("warmup_steps"), settings.get("warmup_target")
     if steps and target is None:
@@ -139,17 +139,17 @@ def _check_schedule(settings: dict[str, Any], place: tuple[str, ...]) -> None:
     if target is not None and not steps:
         expected = "warmup_steps beside it, the number of batches until that rate"
         raise LabError(f"Expected {expected}. Found: {target} alone.", (*place, "warmup_target"))
-    if "initial_learning_rate" in settings and not start and target is None:
+    if "initial_learning_rate" in settings and not start and target is None and not end:
         expected = "a number greater than 0, as there is no warmup_target"
         raise LabError(f"Expected {expected}. Found: {start}.", (*place, "initial_learning_rate"))
-    if end is not None and end > start:
-        expected = f"at most initial_learning_rate, {start}"
-        raise LabError(f"Expected {expected}. Found: {end}.", (*place, "end_learning_rate"))
 
 
 def _check_optimizer(found: keras.optimizers.Optimizer, settings: dict[str, Any]) -> None:
-    """Refuse what has no effect beside the other arguments of an optimizer."""
-    if settings.get("nesterov") and not getattr(found, "momentum", 1):
+    """Refuse what has no effect beside the other arguments of an optimizer.
+
+    `momentum: 0` beside `nesterov: true` is taken: a variant without the base's momentum says no more than that.
+    """
+    if settings.get("nesterov") and "momentum" not in settings and not getattr(found, "momentum", 1):
         expected = "false, or a momentum, as Nesterov's method changes nothing without one"
         raise LabError(f"Expected {expected}. Found: true.", (*OPTIMIZER, "nesterov"))
     for name in ("ema_momentum", "ema_overwrite_frequency") if not found.use_ema else ():
@@ -169,8 +169,11 @@ def _construct(kind: type, settings: dict[str, Any], place: tuple[str, ...], tab
             raise LabError(f"Expected an argument of {kind.__name__}. Found: {name}. {hint}", (*place, name))
     arguments.check(kind, settings, place, table)
     for name, value in settings.items():
-        if isinstance(parameters[name].default, float) and type(value) is int:
-            settings[name] = float(value)  # Keras refuses `momentum: 0`
+        fractional = isinstance(parameters[name].default, float) or name == "initial_learning_rate"
+        if fractional and type(value) is int:
+            settings[name] = float(value)  # Keras refuses `momentum: 0`, and rounds all rates of a ramp from 0
+        elif name == "values":
+            settings[name] = [float(one) for one in value]  # Keras stops at steps from 0.1 to 0
     try:
         return kind(**settings)
     except (ValueError, TypeError, NotImplementedError) as error:
