@@ -343,7 +343,7 @@ AUGMENTED = {
 
 def test_all_layers_of_augmentation_that_keras_has_can_be_used():
     assert set(AUGMENTED) == set(optimization.AUGMENTATIONS)
-    optimization.check_augmentation(AUGMENTED, (16, 16, 3))
+    assert optimization.check_augmentation(AUGMENTED, (16, 16, 3)) == []
 
 
 @pytest.mark.parametrize(
@@ -353,9 +353,16 @@ def test_all_layers_of_augmentation_that_keras_has_can_be_used():
         {"RandomShear": {}},
         {"RandomColorJitter": {}},
         {"RandomTranslation": {"height_factor": 0, "width_factor": 0}},
+        {"RandomZoom": {"height_factor": [0, 0]}},
+        {"RandomErasing": {"factor": 0}},
     ],
 )
 def test_augmentation_that_changes_no_picture_is_refused(augment):
     (name,) = augment
     with pytest.raises(LabError, match=f"input.augment.{name}: Expected arguments with which it changes pictures"):
         optimization.check_augmentation(augment, (8, 8, 3))
+
+
+def test_augmentation_that_may_change_a_picture_is_taken():
+    rare = {"RandomErasing": {"factor": 1e-4}, "RandomFlip": {}}
+    assert optimization.check_augmentation(rare, (8, 8, 3)) == ["RandomErasing"]

@@ -178,7 +178,17 @@ def test_a_file_of_weights_is_the_backbones(tmp_path, monkeypatch):
 def test_an_augmentation_that_changes_nothing_is_told():
     grey = study_with(grey={"input": {"augment": {"RandomGrayscale": {}, "RandomFlip": {}}}})
     (lint,) = describe(grey)["grey"]["lints"]
-    assert lint.startswith("its RandomGrayscale changes nothing in random images")
+    assert lint == "its RandomGrayscale changed none of 1,024 random images"
+
+
+def test_an_augmentation_that_rarely_changes_an_image_is_told_of_each_variant():
+    rare = {"input": {"augment": {"RandomErasing": {"factor": 1e-4}}}}
+    described = describe(study_with(rare=rare, rare_too=rare | {"model": {"dropout": 0.1}}))
+    lint = "its RandomErasing changed none of 1,024 random images"
+    assert {name: facts["lints"] for name, facts in described.items() if facts["lints"]} == {
+        "rare": [lint],
+        "rare_too": [lint],
+    }
 
 
 def test_one_step_is_enough_for_networks_of_one_kind_and_none_where_the_last_plan_had_it(tmp_path, monkeypatch):

@@ -327,18 +327,32 @@ TRIED = 1024  # pictures, for layers that change few of them
 AT_ONCE = 32  # of them, fewer where they are large
 
 
-def check_augmentation(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
+def check_augmentation(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> list[str]:
     """Use each layer on random pictures until it has changed one.
 
+    Returns:
+        The layers that have changed none of `TRIED`, though their factors aren't 0: they may change others.
+
     Raises:
-        LabError: for a layer that leaves all of them as they are, such as a rotation by 0.
+        LabError: for a layer that leaves all of them as they are since its factors are 0, such as a rotation by 0.
     """
     height, width, channels = (min(size, 256) for size in image_shape)
     number = max(2, min(AT_ONCE, 2_000_000 // (height * width * channels)))
     # Not the whole range, which there would be nothing to stretch to for a contrast.
     pictures = np.random.default_rng(0).integers(50, 200, (number, height, width, channels)).astype(np.float32)
     keras.utils.set_random_seed(0)
+    idle = []
     for name, layer in zip(augment, augmentation(augment), strict=True):
-        if all(np.array_equal(layer(pictures, training=True), pictures) for _ in range(1 + TRIED // number)):
-            expected = "arguments with which it changes pictures"
-            raise LabError(f"Expected {expected}. Found: {shown(augment[name])}.", ("input", "augment", name))
+        if all(np.array_equal(layer(pictures, training=True), pictures) for _ in range(-(-TRIED // number))):
+            if _without_factor(name, augment[name]):
+                expected = "arguments with which it changes pictures"
+                raise LabError(f"Expected {expected}. Found: {shown(augment[name])}.", ("input", "augment", name))
+            idle.append(name)
+    return idle
+
+
+def _without_factor(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a layer has factors, and all that are given or default are 0."""
+    parameters = inspect.signature(AUGMENTATIONS[name]).parameters
+    factors = [settings.get(one, parameters[one].default) for one in parameters if one.endswith("factor")]
+    return bool(factors) and all(not np.any(one) for one in factors)

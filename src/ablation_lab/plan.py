@@ -166,6 +166,10 @@ class _Describer:
             one.trainable_weights for one in transfer.own_layers(network)
         ):
             lints.append("the layers that model.trainable names have no weights, so none of the backbone is trained")
+        lints += [
+            f"its {one} changed none of {optimization.TRIED:,} random images"
+            for one in _once_a_study(_check_augmentations, fixed["input"]["augment"], self.image_shape)
+        ]
         if models.output(fixed["model"]) != "sigmoid" and fixed["train"]["loss"].lower().startswith("binary"):
             lints.append("its loss takes each class by itself: to softmax and logits belongs categorical_crossentropy")
         if prefix and not prefix["once"]:
@@ -649,15 +653,15 @@ def _build(
     return network
 
 
-def _once_a_study(check: Callable[..., None], *settings: Any) -> None:
-    """Check settings that many variants have in common: what has passed passes again."""
+def _once_a_study(check: Callable[..., Any], *settings: Any) -> Any:
+    """Check settings that many variants have in common: what has passed passes again, with what was found."""
     key = (check.__name__, params.canonical_json(settings))
     if key not in _passed:
-        check(*settings)
-        _passed.add(key)
+        _passed[key] = check(*settings)
+    return _passed[key]
 
 
-_passed: set[tuple[str, str]] = set()
+_passed: dict[tuple[str, str], Any] = {}
 
 
 def _check_optimizer(settings: dict[str, Any]) -> None:
@@ -747,8 +751,8 @@ def _fill(name: str, shape: list[int]) -> None:
     keras.initializers.get(name)(shape)
 
 
-def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> None:
-    """Compile each layer for images of this shape, as a training does, and see that it changes some."""
+def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[int, int, int]) -> list[str]:
+    """Compile each layer for images of this shape, as a training does, and find those that change no random ones."""
     given = "×".join(map(str, image_shape))
     for layer in optimization.augmentation(augment):
         place = ("input", "augment", type(layer).__name__)
@@ -762,7 +766,7 @@ def _check_augmentations(augment: dict[str, dict[str, Any]], image_shape: tuple[
             raise LabError(f"Expected settings that Keras takes for images of {given}. Found: {told}", place) from error
         if found != image_shape:
             raise LabError(f"Expected images of the same shape. Found: {'×'.join(map(str, found))}.", place)
-    optimization.check_augmentation(augment, image_shape)
+    return optimization.check_augmentation(augment, image_shape)
 
 
 def _augmented_shape(layer: keras.layers.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
