@@ -104,6 +104,7 @@ STEPS = {"name": "PiecewiseConstantDecay", "boundaries": [100, 200], "values": [
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: Expected a whole number of at least 2."),
         ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps: Expected a whole number of at least 2."),
         ({"loss_scale_factor": 0}, "loss_scale_factor: Expected a number greater than 0."),
+        ({"name": "ScheduleFreeAdamW", "beta_1": 0}, "beta_1: Expected a number greater than 0, as ScheduleFreeAdamW"),
         # What has no effect beside other arguments.
         ({"name": "sgd", "nesterov": True}, "nesterov: Expected false, or a momentum"),
         ({"ema_momentum": 0.9}, "ema_momentum: Expected use_ema: true beside it"),

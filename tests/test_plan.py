@@ -191,6 +191,14 @@ def test_an_augmentation_that_rarely_changes_an_image_is_told_of_each_variant():
     }
 
 
+def test_the_average_that_keras_does_not_evaluate_is_told():
+    free = {"train": {"optimizer": {"name": "ScheduleFreeAdamW"}}}
+    described = describe(study_with(free=free, adam={"train": {"optimizer": {"name": "adam", "beta_1": 0}}}))
+    (lint,) = described["free"]["lints"]
+    assert lint.startswith("ScheduleFreeAdamW evaluates an average of weights, which Keras doesn't give")
+    assert described["adam"]["lints"] == []
+
+
 def test_one_step_is_enough_for_networks_of_one_kind_and_none_where_the_last_plan_had_it(tmp_path, monkeypatch):
     steps = []
     step = trial.run

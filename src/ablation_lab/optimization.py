@@ -52,6 +52,14 @@ def averages(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     return inner._model_variables_moving_average if inner.use_ema else []
 
 
+def lints(settings: dict[str, Any]) -> list[str]:
+    """What a plan says of an optimizer that does not do all that its method does."""
+    if settings["name"].lower() != "schedulefreeadamw":
+        return []
+    average = "ScheduleFreeAdamW evaluates an average of weights, which Keras doesn't give"
+    return [f"{average}: the weights in training are validated and kept"]
+
+
 class Adam(keras.optimizers.Adam):
     """Keras' Adam, a weight updated by one operation of TensorFlow's rather than a dozen.
 
@@ -145,13 +153,16 @@ def _check_schedule(settings: dict[str, Any], place: tuple[str, ...]) -> None:
 
 
 def _check_optimizer(found: keras.optimizers.Optimizer, settings: dict[str, Any]) -> None:
-    """Refuse what has no effect beside the other arguments of an optimizer.
+    """Refuse what has no effect beside the other arguments of an optimizer, or ends in no numbers.
 
     `momentum: 0` beside `nesterov: true` is taken: a variant without the base's momentum says no more than that.
     """
     if settings.get("nesterov") and "momentum" not in settings and not getattr(found, "momentum", 1):
         expected = "false, or a momentum, as Nesterov's method changes nothing without one"
         raise LabError(f"Expected {expected}. Found: true.", (*OPTIMIZER, "nesterov"))
+    if isinstance(found, keras.optimizers.ScheduleFreeAdamW) and not found.beta_1:
+        expected = "a number greater than 0, as ScheduleFreeAdamW divides by it"
+        raise LabError(f"Expected {expected}. Found: {shown(settings['beta_1'])}.", (*OPTIMIZER, "beta_1"))
     for name in ("ema_momentum", "ema_overwrite_frequency") if not found.use_ema else ():
         if settings.get(name) is not None:
             expected = f"use_ema: true beside it (a variant drops an inherited one with `{name}: null`)"

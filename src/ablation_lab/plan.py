@@ -166,6 +166,7 @@ class _Describer:
             one.trainable_weights for one in transfer.own_layers(network)
         ):
             lints.append("the layers that model.trainable names have no weights, so none of the backbone is trained")
+        lints += optimization.lints(fixed["train"]["optimizer"])
         lints += [
             f"its {one} changed none of {optimization.TRIED:,} random images"
             for one in _once_a_study(_check_augmentations, fixed["input"]["augment"], self.image_shape)
