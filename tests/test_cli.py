@@ -153,7 +153,7 @@ def test_mistakes_that_keras_does_not_find_have_the_line_and_the_key_that_the_us
     assert done.returncode == 2
     told = done.stderr.replace(str(tmp_path / "params.yaml"), "params.yaml")
     for line in (
-        "line 5: model.activation: Expected a Keras activation. Found: rellu. Did you mean relu?",
+        "line 5: model.activation (in variants.baseline): Expected a Keras activation. Found: rellu. Did you mean",
         'line 15: variants.plain.train.optimizer.nesterov: Expected true or false. Found: "no". Write false:',
         "line 19: variants.residual.model.initializer: Expected a Keras initializer that fills a kernel without arg",
         "line 20: variants.flipped.input.augment.RandomFlip.mode: Expected horizontal, vertical or horizontal_and_v",

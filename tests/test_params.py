@@ -365,25 +365,36 @@ variants:
 @pytest.mark.parametrize(
     ("place", "variant", "selected", "told"),
     [
-        ("train.optimizer.clipnorm", "baseline", None, "params.yaml, line 12: train.optimizer.clipnorm"),
-        ("train.optimizer.clipnorm", "other", None, "params.yaml, line 25: variants.other.train.optimizer.clipnorm"),
-        ("train.optimizer.name", "other", None, "params.yaml, line 12: train.optimizer.name"),
-        ("model.blocks.block1.activation", "baseline", None, "params.yaml, line 5: model.activation"),
-        ("model.blocks.block1.activation", "other", None, "params.yaml, line 22: variants.other.model.activation"),
-        ("model.blocks.block2.activation", "other", None, "params.yaml, line 8: model.blocks.block2.activation"),
-        ("model.head.dense1.activation", "baseline", None, "params.yaml, line 5: model.activation"),
+        ("train.optimizer.clipnorm", "baseline", None, "line 12: train.optimizer.clipnorm (in variants.baseline)"),
+        ("train.optimizer.clipnorm", "other", None, "line 25: variants.other.train.optimizer.clipnorm"),
+        ("train.optimizer.name", "other", None, "line 12: train.optimizer.name (in variants.other)"),
+        ("model.blocks.block1.activation", "baseline", None, "line 5: model.activation (in variants.baseline)"),
+        ("model.blocks.block1.activation", "other", None, "line 22: variants.other.model.activation"),
+        ("model.blocks.block2.activation", "other", None, "line 8: model.blocks.block2.activation (in variants.other)"),
+        ("model.head.dense1.activation", "baseline", None, "line 5: model.activation (in variants.baseline)"),
         (
             "train.optimizer.clipnorm",
             "second",
             "other",
-            "params.yaml, line 25: variants.other.train.optimizer.clipnorm",
+            "line 25: variants.other.train.optimizer.clipnorm (in finetune.variants.second)",
         ),
-        ("train.optimizer.clipnorm", "second", "baseline", "params.yaml, line 12: train.optimizer.clipnorm"),
-        ("train.epochs", "second", "baseline", "params.yaml, line 17: finetune.variants.second.train.epochs"),
-        ("model.initializer", "baseline", None, None),
+        (
+            "train.optimizer.clipnorm",
+            "second",
+            "baseline",
+            "line 12: train.optimizer.clipnorm (in finetune.variants.second)",
+        ),
+        ("train.epochs", "second", "baseline", "line 17: finetune.variants.second.train.epochs"),
     ],
 )
 def test_a_mistake_that_only_keras_finds_has_the_line_and_the_key_that_the_user_wrote(place, variant, selected, told):
     study = params.validate(YAML(typ="safe", pure=True).load(LOCATED), text=LOCATED)
-    found = study.located(LabError("Expected another.", tuple(place.split("."))), variant, selected)
-    assert found == (told and f"{told}: Expected another.")
+    found = study.located({variant: LabError("Expected another.", tuple(place.split(".")))}, selected)
+    assert found == [f"params.yaml, {told}: Expected another."]
+
+
+def test_a_mistake_without_a_line_is_said_once_for_all_variants():
+    study = params.validate(YAML(typ="safe", pure=True).load(LOCATED), text=LOCATED)
+    error = LabError("Expected another.", ("model", "initializer"))
+    told = study.located({"baseline": error, "other": error})
+    assert told == ["params.yaml: variants.baseline, other: model.initializer: Expected another."]
