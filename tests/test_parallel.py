@@ -298,6 +298,8 @@ def test_ctrl_c_ends_all_and_the_next_call_goes_on(project: Path):
             "out of memory: TensorFlow ended by SIG",
         ),
         (-6, "LLVM ERROR: pthread_create failed: Resource temporarily unavailable", "out of memory: TensorFlow ended"),
+        (-11, "OOM when allocating tensor", "out of memory: TensorFlow ended by SIGSEGV"),
+        (-11, "no_zoom-0\nRandomZoom\nmushroom, NO_ZOOM", "ended by SIGSEGV, as TensorFlow may when it gets no memory"),
         (-11, "", "ended by SIGSEGV, as TensorFlow may when it gets no memory. Fewer cells at a time"),
         (1, "epoch 1\nerror: disk: Expected room.\n       Free some.\n", "disk: Expected room.\n       Free some."),
         (1, "Traceback\nValueError: what\n", "ValueError: what (all of it: "),

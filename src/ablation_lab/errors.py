@@ -37,9 +37,8 @@ NUMBER = re.compile(r"errno = (\d+)|\[Errno (\d+)\]")
 FULL_DISK = re.compile(r"\d+ requested and \d+ written|Not enough free space to write|database or disk is full")
 # TensorFlow's words, known without importing it; the second is what a full GPU comes out as.
 NO_MEMORY = re.compile(
-    r"OOM|out.of.memory|Dst tensor is not initialized|failed to allocate|bad_alloc|cannot allocate memory"
-    r"|pthread_create(\(\))? failed",
-    re.IGNORECASE,
+    r"\bOOM\b|(?i:out.of.memory|Dst tensor is not initialized|failed to allocate|bad_alloc|cannot allocate memory"
+    r"|pthread_create(\(\))? failed)"
 )
 SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
