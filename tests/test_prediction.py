@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, write_params
 from PIL import Image
 
-from ablation_lab import cell, cli, files, models, params, prediction, preprocess, training
+from ablation_lab import backend, cell, cli, files, models, params, prediction, preprocess, training
 from ablation_lab.datasets import digits
 from ablation_lab.errors import LabError
 
@@ -87,6 +87,30 @@ def test_an_image_too_large_for_the_memory_is_refused_before_it_is_used(root, tm
     network = models.load(cell.folder("gap", 0, root), "cnn")
     with pytest.raises(LabError, match=r"Expected an image that gap has memory for: .* Found: 900000 × 900000 pixels"):
         prediction._check_size(tmp_path / "x.png", (900_000, 900_000, 1), (8, 8, 1), network, "gap")
+
+
+def test_a_network_of_the_users_for_any_size(tmp_path):
+    """It lies inside the network that is trained, and its layers count for the memory."""
+    raw = copy.deepcopy(TINY)
+    raw["model"] = {"builder": "networks.example:build", "filters": 4, "any_size": True}
+    raw["variants"] = {"baseline": {}}
+    write_params(tmp_path, raw)
+    card = {"image_shape": [8, 8, 1], "classes": [str(digit) for digit in range(10)]}
+    files.write_json(tmp_path / "data/processed/card.json", card)
+    model, folder = (
+        params.load(tmp_path / "params.yaml").variants["baseline"].model,
+        cell.folder("baseline", 0, tmp_path),
+    )
+    network = models.build(model.resolved(), "unit", (8, 8, 1), 10)
+    folder.mkdir(parents=True)
+    network.save_weights(folder / cell.WEIGHTS)
+    files.write_json(folder / cell.ARCHITECTURE, backend.keras.saving.serialize_keras_object(network))
+    files.write_json(folder / cell.RESULT, {})
+    (found,) = prediction.predict("baseline", 0, [picture(tmp_path, 20, 24)], tmp_path)
+    assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert prediction._largest(network, (20, 24, 1)) == 20 * 24 * 8  # of the branches' concatenation
+    with pytest.raises(LabError, match="Expected an image of 2 × 2 pixels"):  # it has a pool
+        prediction.predict("baseline", 0, [picture(tmp_path, 1, 24)], tmp_path)
 
 
 def test_an_empty_file_is_no_image(root, tmp_path):

@@ -91,6 +91,11 @@ def _check_size(path: Path, shape: Sequence[int], trained: Sequence[int], networ
             bisect_left(range(1, height), True, key=lambda size: bool(_largest(network, (size, width, channels)))) + 1,
             bisect_left(range(1, width), True, key=lambda size: bool(_largest(network, (height, size, channels)))) + 1,
         ]
+        if shape[0] >= least[0] and shape[1] >= least[1]:  # it isn't the size as such: a network that needs even ones
+            raise LabError(
+                f"{path}: Expected an image of a size that {name} can work on, such as {height} × {width}. "
+                f"Found: {shape[0]} × {shape[1]}."
+            )
         raise LabError(
             f"{path}: Expected an image of {least[0]} × {least[1]} pixels (height × width) at least, so that something "
             f"is left after the convolutions and pools of {name}. Found: {shape[0]} × {shape[1]}."
@@ -108,14 +113,35 @@ def _largest(network: Any, shape: Sequence[int]) -> int | None:
     a layer can't work on what it is given."""
     from ablation_lab.backend import keras
 
-    layers = [layer for layer in network.layers if not isinstance(layer, keras.layers.InputLayer)]
-    every = keras.Model(network.inputs, [layer.output for layer in layers])
     try:
-        found = every.compute_output_spec(keras.KerasTensor((1, *shape), "float32"))
-    except ValueError:
+        sizes = _sizes(network, keras.KerasTensor((1, *shape), "float32"))
+    except Exception:  # a layer of the user's may raise anything; predicting then says why
         return None
-    sizes = [math.prod(one.shape) for one in keras.tree.flatten(found)]
     return max(sizes) if min(sizes) > 0 else None
+
+
+def _sizes(network: Any, given: Any) -> list[int]:
+    """How many numbers each layer gives, with those of the networks inside this one.
+
+    Args:
+        given: what the network is given, by shape.
+    """
+    from ablation_lab.backend import keras
+
+    graph = getattr(network, "_functional", None) or network  # a Sequential has its graph inside
+    nodes = [node for level in getattr(graph, "_nodes_by_depth", {}).values() for node in level]
+    if not nodes:  # a model that is no graph shows its output alone
+        return [math.prod(one.shape) for one in keras.tree.flatten(network.compute_output_spec(given))]
+    # A nested network's `output` is a tensor of its own graph, hence the tensors of the nodes of this one.
+    tensors = list({id(one): one for node in nodes for one in node.output_tensors}.values())
+    specs = keras.tree.flatten(keras.Model(graph.inputs, tensors).compute_output_spec(given))
+    known = {id(tensor): spec for tensor, spec in zip(tensors, specs, strict=True)}
+    sizes = [math.prod(spec.shape) for spec in specs]
+    for node in nodes:
+        if isinstance(node.operation, keras.Model):
+            inside = [known[id(tensor)] for tensor in node.input_tensors]
+            sizes += _sizes(node.operation, inside if len(inside) > 1 else inside[0])
+    return sizes
 
 
 def _told(
