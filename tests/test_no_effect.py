@@ -8,7 +8,7 @@ from conftest import TINY, passed, run, write_params
 from fabricate import study, write
 
 from ablation_lab import cell, evaluation
-from ablation_lab.report.writing import write_report
+from ablation_lab.report import results, writing
 
 
 def equal_cells(root, made, variant, seed, weights=(b"same", b"same")):
@@ -21,7 +21,7 @@ def equal_cells(root, made, variant, seed, weights=(b"same", b"same")):
 
 def reported(root, made) -> tuple[dict, str]:
     evaluation.evaluate(made, root)
-    write_report(made, root)
+    writing.write_report(made, root)
     results = json.loads((root / "reports/results.json").read_text())
     return results["variants"], (root / "reports/report.md").read_text().replace("\\", "")
 
@@ -60,6 +60,29 @@ def test_variants_that_share_a_result_are_told_once(tmp_path):
         equal_cells(tmp_path, made, "big_pool", seed)
     _, text = reported(tmp_path, made)
     assert text.count("the same network as baseline") == 1 and text.count("this change had no effect") == 1
+
+
+def test_a_twin_of_another_variant_is_told_that_it_has_no_effect(tmp_path):
+    made = study()
+    write(tmp_path, made, lints=["the same network as no_dropout, trained the same way"])
+    for seed in made.seeds:
+        equal_cells(tmp_path, made, "big_pool", seed)
+    _, text = reported(tmp_path, made)
+    assert text.count("this change had no effect") == 2  # its sentence, and the design's checks
+
+
+def test_a_partial_report_counts_the_cells_that_are_there(tmp_path):
+    made = study()
+    write(tmp_path, made)
+    equal_cells(tmp_path, made, "no_dropout", 0)
+    there = [one for one in made.cells if one not in (("no_dropout", 1), ("no_dropout", 2))]
+    evaluation.evaluate(made, tmp_path, there, tmp_path / "evaluation")
+    missing = [{"cell": f"no_dropout-{seed}", "state": "missing", "reason": ""} for seed in (1, 2)]
+    partial = {"cells": 7, "of": 9, "missing": missing}
+    table = writing.write(made, results.gather(made, tmp_path, partial=partial), tmp_path, tmp_path / "reports")
+    text = (tmp_path / "reports/report.md").read_text().replace("\\", "")
+    assert "no effect" in next(line for line in table.splitlines() if line.startswith("no_dropout"))
+    assert text.count("this change had no effect: weights") == 2 and "had no effect with seed" not in text
 
 
 def test_weights_are_read_where_predictions_are_equal_alone(tmp_path):

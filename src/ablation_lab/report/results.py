@@ -146,6 +146,12 @@ def lacking(variant: dict[str, Any]) -> str:
     return "diverged" if variant["cells"] else "missing"
 
 
+def no_effect(variant: dict[str, Any], reference: str) -> bool:
+    """Whether a variant is a reference, byte for byte, in each cell it has: in a partial report some are missing."""
+    same = variant["no_effect"].get(reference, [])
+    return bool(same) and len(same) == len(variant["cells"])
+
+
 def gather(study: Params, root: Path, evaluated: Path | None = None, partial: dict[str, Any] | None = None) -> Material:
     """Read the earlier stages' results and compare the variants.
 

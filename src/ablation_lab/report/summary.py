@@ -1,12 +1,13 @@
 """The report's sentences, made from numbers by rules."""
 
+import re
 from itertools import count, islice
 from typing import Any
 
 from ablation_lab import duplicates, params
 from ablation_lab.params import Params
 from ablation_lab.report import tables
-from ablation_lab.report.results import Material, lacking, mean_of, validation_means
+from ablation_lab.report.results import Material, lacking, mean_of, no_effect, validation_means
 from ablation_lab.report.wording import VERDICT_ORDER, Format, changes, length, setting
 from ablation_lab.words import counted, percent_change
 
@@ -15,6 +16,7 @@ SEVERAL = (
     "params.yaml compares a variant with one that is a single step away)"
 )
 
+TWIN = re.compile("the same network as (.*), trained the same way")  # the plan's warning
 EQUAL = "weights and predictions are byte for byte those of"
 
 
@@ -145,9 +147,8 @@ def _sentence(variant: dict[str, Any], base: dict[str, Any], text: Format) -> st
 
 
 def _unaffected(study: Params, variant: dict[str, Any]) -> str:
-    """That a variant is its reference, where it is with each seed."""
-    same = [name for name, seeds in variant["no_effect"].items() if len(seeds) == len(variant["cells"])]
-    if study.study.baseline not in same:
+    """That a variant is the baseline, where it is with each seed."""
+    if not no_effect(variant, study.study.baseline):
         return ""
     return f"this change had no effect: {EQUAL} {study.study.baseline}"
 
@@ -198,10 +199,12 @@ def checks(study: Params, material: Material, went: dict[str, list[str]], text: 
         before = study.variants[reference]
         if len(params.differences(before, variant)) > 1:
             about.setdefault(SEVERAL, []).append(name)
-        twins = any(lint.startswith("the same network as") for lint in material.networks[name]["lints"])
-        for other, seeds in {} if twins else material.results["variants"][name]["no_effect"].items():
+        result = material.results["variants"][name]
+        for other, seeds in result["no_effect"].items():
+            if _first_twin(material, name) == _first_twin(material, other):
+                continue  # the plan's warning says so
             some = f" with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
-            some = some if len(seeds) < len(study.seeds) else ""
+            some = "" if no_effect(result, other) else some
             about.setdefault(f"this change had no effect{some}: {EQUAL} {other}", []).append(name)
         if _budget(variant) != _budget(before):
             told = f"trained for {length(variant)}, {reference} for {length(before)}: the budget is part of the change"
@@ -223,6 +226,11 @@ def checks(study: Params, material: Material, went: dict[str, list[str]], text: 
             told = f"{pictures} can't tell so small a difference: their choice alone may make up more"
             about.setdefault(told, []).append(name)
     return [(", ".join(names), told) for told, names in about.items()]
+
+
+def _first_twin(material: Material, name: str) -> str:
+    """The first of the variants with the network and training of this one, by the plan's warning."""
+    return next((found[1] for lint in material.networks[name]["lints"] if (found := TWIN.fullmatch(lint))), name)
 
 
 def _equal_pictures(material: Material, text: Format) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from ablation_lab import params
 from ablation_lab.params import Params
 from ablation_lab.report import budget, figures
-from ablation_lab.report.results import BINARY, PAIRS, Material, Shown, lacking
+from ablation_lab.report.results import BINARY, PAIRS, Material, Shown, lacking, no_effect
 from ablation_lab.report.wording import (
     NONE,
     Format,
@@ -63,7 +63,7 @@ def variants(study: Params, material: Material, text: Format) -> Table:
         difference = [text.points(delta["mean"])] if delta["verdict"] else ["baseline"]
         if delta["ci95"]:
             difference.append(f"[{text.interval(delta['ci95'], ', ')}]")
-        if len(one["no_effect"].get(study.study.baseline, [])) == len(study.seeds):
+        if no_effect(one, study.study.baseline):
             difference = ["no effect"]
         row: list[str | list[str]] = [
             [name, note] if note else name,
