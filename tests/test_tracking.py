@@ -319,3 +319,20 @@ def test_a_store_that_was_moved_finds_its_artifacts(tmp_path, monkeypatch, how):
     assert passed(run(tmp_path, "python", "-c", AFTERWARDS, run_id, DVC_ROOT=str(new))) == "here\n"
     assert {path.name for path in new.rglob("*.txt")} == {"note.txt", "more.txt"}
     assert {path.name for path in old.rglob("*.txt")} == (set() if how == "moved" else {"note.txt"})
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://TOKEN@host/path", "https://***@host/path"),
+        ("https://TOKEN:@host", "https://***@host"),
+        ("http://user:secret@host:5000", "http://user:***@host:5000"),
+        ("postgresql://user@host/db", "postgresql://user@host/db"),
+        ("postgresql://user:se@cret@host/db", "postgresql://user:***@host/db"),
+        ("postgresql://h/db?user=u&password=x&sslmode=on", "postgresql://h/db?user=u&password=***&sslmode=on"),
+        ("mysql://h/db?sslpassword=x more", "mysql://h/db?sslpassword=*** more"),
+        ("http://host:5000/a@b?user=c", "http://host:5000/a@b?user=c"),
+    ],
+)
+def test_a_message_has_no_password_of_an_address(address, shown):
+    assert store.masked(f"at {address}") == f"at {shown}"

@@ -43,7 +43,10 @@ def is_server() -> bool:
 
 
 def masked(text: str) -> str:
-    """A text without the passwords of the addresses in it."""
+    """A text without the passwords and tokens of the addresses in it: after a user's name, in its place in an address
+    of the web, and in the query."""
+    text = re.sub(r"(?i)\b(https?://)[^\s/:@]+:?@", r"\1***@", text)
+    text = re.sub(r"(?i)([?&](?:[\w-]*password|passwd|pwd|[\w-]*token|[\w-]*secret)=)[^\s&]*", r"\1***", text)
     return re.sub(r"(\w://[^\s/:@]*):[^\s/]*@", r"\1:***@", text)
 
 
