@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, new_project, passed, run, write_params
 
 from ablation_lab import cell, files, params
-from ablation_lab.report.partial import write_partial
+from ablation_lab.report import partial as partial_report
 
 PAGES = ("report.html", "report.md")
 
@@ -75,7 +75,7 @@ def test_the_cells_that_are_there_are_reported_and_the_others_named(project: Pat
 
 def test_a_later_partial_report_keeps_why_a_cell_failed(project: Path):
     shutil.rmtree(project / "cells/no_dropout/seed-1")
-    write_partial(params.load(project / "params.yaml"), project, {("no_dropout", 1): "the network's own words"})
+    partial_report.write_partial(params.load(project / "params.yaml"), project, {("no_dropout", 1): "the network's own words"})
     output, found = partial(project)
     assert "no_dropout-1: failed: the network's own words" in output
     assert [one["state"] for one in found["partial"]["missing"]] == ["failed"]
@@ -123,6 +123,34 @@ def test_what_is_out_of_date_is_left_out_and_sealed_stays_sealed(project: Path):
     assert list(found["variants"]) == ["baseline"]
     assert {cell["test_accuracy"] for cell in found["variants"]["baseline"]["cells"].values()} == {None}
     assert "The test part is sealed" in (project / "reports/partial/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "planned"),
+    [
+        ({"builder": "networks.own:build"}, lambda digest: {"code": {"networks/own.py": digest}}),
+        (
+            {"builder": "transfer", "backbone": "MobileNetV2", "weights": "networks/own.py"},
+            lambda digest: {"weights": {"file": "own.py", "hash": f"sha256:{digest}", "url": None}},
+        ),
+    ],
+)
+def test_cells_of_another_code_or_other_weights_are_out_of_date(model, planned, tmp_path: Path, monkeypatch):
+    own, plan = tmp_path / "networks/own.py", tmp_path / "plan/baseline.json"
+    files.write_json(own, "as it was trained")
+    write_params(tmp_path, TINY | {"model": model, "variants": {"baseline": {}}, "seeds": [0]})
+    study = params.load(tmp_path / "params.yaml")
+    files.write_json(tmp_path / "data/processed/settings.json", study.data.model_dump())
+    files.write_json(tmp_path / "data/processed/card.json", {"digest": "d"})
+    files.write_json(plan, study.baseline.resolved() | planned(files.sha256(own)))
+    files.write_json(tmp_path / "dvc.yaml", {"stages": {"train": {"deps": []}}})
+    monkeypatch.chdir(tmp_path)
+    result = cell.hashes(files.sha256(plan), 0, "d", tmp_path)
+    files.write_json(cell.folder("baseline", 0, tmp_path) / cell.RESULT, result)
+    assert partial_report._missing(study, tmp_path) == {}
+    files.write_json(own, "edited")
+    reason = "its own code or weights have changed"
+    assert partial_report._missing(study, tmp_path) == {("baseline", 0): ("out of date", reason)}
 
 
 def test_without_a_cell_there_is_no_report(project: Path):

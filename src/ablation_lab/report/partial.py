@@ -110,6 +110,8 @@ def _missing(study: Params, root: Path) -> dict[Cell, tuple[str, str]]:
             found[name, seed] = ("out of date", "its data settings in params.yaml have changed")
         elif not plan.exists() or not _is_planned(study.variants[name], files.read_json(plan)):
             found[name, seed] = ("out of date", "its settings in params.yaml have changed")
+        elif not _has_the_files(files.read_json(plan), root):
+            found[name, seed] = ("out of date", "its own code or weights have changed")
         elif not cell.is_finished(folder, cell.cell_hash(files.sha256(plan), seed, digest, code)):
             found[name, seed] = ("out of date", "it was trained with other settings, data or code")
     return found
@@ -119,6 +121,16 @@ def _is_planned(variant: Variant, plan: Mapping[str, Any]) -> bool:
     """Whether a plan is of a variant as params.yaml has it now."""
     resolved = variant.resolved()
     return canonical_json(resolved) == canonical_json({key: plan.get(key) for key in resolved})
+
+
+def _has_the_files(plan: Mapping[str, Any], root: Path) -> bool:
+    """Whether the user's code and weights that a plan was made with are as they were."""
+    used = [(root / path, digest) for path, digest in plan.get("code", {}).items()]
+    weights = plan.get("weights")
+    if weights and weights["url"] is None:
+        place = files.root() / plan["model"]["weights"]
+        used += [(place, weights["hash"].removeprefix("sha256:"))] if place.is_file() else []  # else a cache has them
+    return all(path.is_file() and files.sha256(path) == digest for path, digest in used)
 
 
 def _standing_alone(variant: Variant, names: list[str]) -> Variant:
