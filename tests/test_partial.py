@@ -10,6 +10,7 @@ from conftest import TINY, new_project, passed, run, write_params
 
 from ablation_lab import cell, files, params
 from ablation_lab.report import partial as partial_report
+from ablation_lab.report import writing
 
 PAGES = ("report.html", "report.md")
 
@@ -151,6 +152,18 @@ def test_cells_of_another_code_or_other_weights_are_out_of_date(model, planned, 
     files.write_json(own, "edited")
     reason = "its own code or weights have changed"
     assert partial_report._missing(study, tmp_path) == {("baseline", 0): ("out of date", reason)}
+
+
+def test_what_a_killed_partial_report_left_is_not_the_users(tmp_path: Path):
+    for path in ("partial.part/report.md", "partial.part/mine.txt", "partial.old/report.md", "partial.old/mine.txt"):
+        (tmp_path / "reports" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "reports" / path).touch()
+    for number, kept in enumerate((["partial", "partial/mine.txt"], [])):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        writing._keep_the_users(tmp_path / "reports", out)
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == kept
+        (tmp_path / "reports/partial").mkdir(exist_ok=True)  # the next one was put there: it has the user's files
 
 
 def test_without_a_cell_there_is_no_report(project: Path):

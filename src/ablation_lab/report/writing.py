@@ -50,7 +50,11 @@ def write(study: Params, material: Material, root: Path, folder: Path) -> str:
 def _keep_the_users(before: Path, out: Path) -> None:
     """Copy what a user has put into a report's folder, or into that of the partial report in it, to the new one."""
     for path in sorted(before.glob("*")):
-        if path.name in WRITTEN:
+        if path.name in WRITTEN or path.name == f"{PARTIAL}.part":
+            continue
+        if path.name == f"{PARTIAL}.old":  # left by a killed process, as is the one above: the earlier partial report
+            if not (before / PARTIAL).exists():
+                _keep_the_users(path, out / PARTIAL)
             continue
         if path.name == PARTIAL and path.is_dir() and not path.is_symlink():
             _keep_the_users(path, out / PARTIAL)
