@@ -113,6 +113,17 @@ def test_a_network_of_the_users_for_any_size(tmp_path):
         prediction.predict("baseline", 0, [picture(tmp_path, 1, 24)], tmp_path)
 
 
+def test_a_network_for_even_sizes_names_no_least_size(tmp_path):
+    layers = backend.keras.layers
+    inputs = layers.Input((None, None, 1))
+    up = layers.UpSampling2D(2)(layers.MaxPooling2D(2)(inputs))
+    network = backend.keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Add()([inputs, up])))
+    prediction._check_size(tmp_path / "x.png", (6, 24, 1), (8, 8, 1), network, "own")
+    message = "Expected an image of a size that own can work on, such as 8 × 8. Found: 7 × 24."
+    with pytest.raises(LabError, match=message):
+        prediction._check_size(tmp_path / "x.png", (7, 24, 1), (8, 8, 1), network, "own")
+
+
 def test_an_empty_file_is_no_image(root, tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(LabError, match=r"empty.png: Expected a picture .* Found: a file in no format"):
