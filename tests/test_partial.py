@@ -76,7 +76,8 @@ def test_the_cells_that_are_there_are_reported_and_the_others_named(project: Pat
 
 def test_a_later_partial_report_keeps_why_a_cell_failed(project: Path):
     shutil.rmtree(project / "cells/no_dropout/seed-1")
-    partial_report.write_partial(params.load(project / "params.yaml"), project, {("no_dropout", 1): "the network's own words"})
+    failed = {("no_dropout", 1): "the network's own words"}
+    partial_report.write_partial(params.load(project / "params.yaml"), project, failed)
     output, found = partial(project)
     assert "no_dropout-1: failed: the network's own words" in output
     assert [one["state"] for one in found["partial"]["missing"]] == ["failed"]
