@@ -330,7 +330,7 @@ def _write(
     for name, variant in variants.items():
         text = params.canonical_json(settings(variant, root, described[name].get("frozen"), start))
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        text = params.canonical_json({key: value for key, value in described[name].items() if key != "tried"})
+        text = params.canonical_json(_documented(described[name]))
         (folder / "networks" / f"{name}.json").write_text(text, encoding="utf-8")
 
 
@@ -438,8 +438,15 @@ def as_json(
     """The plan for programs (`ablab plan --json`). A study in two phases has in `second` its second phase's variants,
     by the variant that may be selected."""
     cells = [f"{name}-{seed}" for name in [*study.variants, *study.second_names] for seed in study.seeds]
-    plan = {"study": study.study.name, "baseline": study.study.baseline, "cells": cells, "variants": described}
-    return plan | ({"second": second} if second else {})
+    variants = {name: _documented(facts) for name, facts in described.items()}
+    plan = {"study": study.study.name, "baseline": study.study.baseline, "cells": cells, "variants": variants}
+    later = {name: {one: _documented(facts) for one, facts in those.items()} for name, those in (second or {}).items()}
+    return plan | ({"second": later} if later else {})
+
+
+def _documented(facts: Facts) -> Facts:
+    """Facts without `tried`, which depends on what earlier plans have tried."""
+    return {key: value for key, value in facts.items() if key != "tried"}
 
 
 @dataclass(frozen=True)
