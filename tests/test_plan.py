@@ -473,8 +473,7 @@ def test_layers_of_any_kind_can_be_described():
 
 
 def test_a_test_set_that_the_data_does_not_come_with_is_refused_before_anything_is_prepared(tmp_path):
-    text = "data:\n  dataset: digits\n  path: null\n  split: {validation: 0.2, test: given}\n"
-    study = params.validate(TINY | {"data": {"dataset": "digits", "path": None}}, "params.yaml", text)
+    study = params.validate(TINY | {"data": {"dataset": "digits", "path": None}})
     with pytest.raises(LabError) as caught:
         plan.pictures(study, tmp_path)
-    assert str(caught.value).startswith("params.yaml, line 4: data.split.test: Expected a fraction like 0.2, as digits")
+    assert str(caught.value).startswith("params.yaml: data.split.test: Expected a fraction like 0.2, as digits has no")

@@ -424,9 +424,10 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     split = study.data.split
     counts = known.counts
     if split.test == "given" and "train" not in counts:
-        expected = f"a fraction like 0.2, as {study.data.dataset} has no given test set"
-        error = LabError(f"Expected {expected}. Found: given, which is the default.", ("data", "split", "test"))
-        raise LabError(study.located(error, study.study.baseline) or f"{study.file}: {error}")
+        raise LabError(
+            f"{study.file}: data.split.test: Expected a fraction like 0.2, as {study.data.dataset} has no given test set. "
+            "Found: given, which is the default."
+        )
     total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
     rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
     return known.image_shape, list(known.classes), round(total * rest), sum(counts.values()), None
