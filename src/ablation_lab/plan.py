@@ -425,8 +425,8 @@ def pictures(study: Params, root: Path = Path()) -> tuple[tuple[int, int, int], 
     counts = known.counts
     if split.test == "given" and "train" not in counts:
         raise LabError(
-            f"{study.file}: data.split.test: Expected a fraction like 0.2, as {study.data.dataset} has no given test set. "
-            "Found: given, which is the default."
+            f"{study.file}: data.split.test: Expected a fraction like 0.2, as {study.data.dataset} has no given test "
+            "set. Found: given, which is the default."
         )
     total = counts["train"] if split.test == "given" and "train" in counts else sum(counts.values())
     rest = 1 - split.validation - (split.test if isinstance(split.test, float) else 0)
