@@ -85,7 +85,7 @@ def test_what_does_not_fit_names_variant_and_layer_all_at_once():
         ({"input": {"augment": {"RandomRotation": {"factor": 0.1, "interpolation": "xx"}}}}, "variants.bad: "),
         (
             {"model": {"activation": "glu"}},
-            "variants.bad: model.activation: Expected a Keras activation that keeps the shape and needs no",
+            "variants.bad: model.blocks.block1.activation: Expected a Keras activation that keeps the shape and needs",
         ),
         (
             {"model": {"head": {"dense1": {"activation": "threshold"}}}},
@@ -114,7 +114,7 @@ def test_the_command_refuses_what_cannot_be_trained(project):
     write_params(project, study)
     done = run(project, "ablab", "plan")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "gated: model.activation: Expected as many values as before. Found: glu" in done.stderr
+    assert "variants.gated.model.activation: Expected a Keras activation that keeps the shape" in done.stderr
 
 
 TRAINED_ALONE = """

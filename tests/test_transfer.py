@@ -101,7 +101,7 @@ def test_dropout_of_frozen_layers_is_off_and_that_of_trained_ones_is_not():
     assert 0 < np.count_nonzero(last) < len(every)
     # A plan's networks share a backbone, whatever of it they train.
     for trainable in ("none", "all"):
-        transfer.set_trainable(built, {"backbone": "EfficientNetB0", "trainable": trainable})
+        transfer.set_trainable(built, {"backbone": "EfficientNetB0", "trainable": trainable, "l2": 0})
     assert [layer.rate for layer in dropouts] == every
 
 
