@@ -44,7 +44,7 @@ SMALLER = (
     "End other programs, run fewer cells at once, or make the study's pictures, its batches or this variant smaller"
 )
 # What Keras and TensorFlow put around an exception's own words; where those of a network of the user's lie.
-COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+COLOURS = re.compile(r"\x1b(\[[0-9;]*[A-Za-z]?)?")  # also where a sequence is cut
 WRAPPED = re.compile(r"^Exception encountered when calling .*?\n\n(.*?)(?:\n\nArguments received by .*)?\Z", re.DOTALL)
 GRAPH = re.compile(
     r'^(Graph execution error:|Detected at node .*|Node: .*| *File ".*", line \d+, in .*|\s*\[\[.*)$\n?', re.M

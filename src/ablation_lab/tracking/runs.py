@@ -14,6 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
+from ablation_lab import errors
 from ablation_lab.tracking import live, store
 from ablation_lab.tracking.live import Identity
 
@@ -21,7 +22,6 @@ CELL, VARIANT = "cell", "variant"  # what a run is of: `ablab.level`
 VIEW = "variants"  # the view of MLflow's page that shows the latter
 REASON, HOST, PID = "ablab.reason", "ablab.host", "ablab.pid"
 STATUS = "ablab.status"  # of a trained cell: `ok` or `diverged`
-COLOURS = re.compile(r"\x1b(\[[0-9;]*[A-Za-z]?)?")  # of a terminal, as Keras puts them into its messages
 DIGEST = 36  # letters that MLflow has for a data set's digest
 METRICS, PAIRS = 800, 100  # metrics, tags and parameters in a request: 1,000 in all
 NAME = re.compile(r"(?=.{1,100}$)\w[\w. :-]*(/[\w :-]+)*")  # of MLflow's 250 letters and no path to elsewhere
@@ -122,7 +122,7 @@ class LiveRun:
     def end(self, status: str, reason: str, ended: int | None, outcome: str) -> None:
         if self.client and self.load:
             self.load.finish()
-            tags = {REASON: COLOURS.sub("", reason), STATUS: outcome}
+            tags = {REASON: errors.COLOURS.sub("", reason), STATUS: outcome}
             log(self.client, self.run_id, tags={key: value for key, value in tags.items() if value})
             self.client.set_terminated(self.run_id, status, ended)
 
